@@ -1,15 +1,19 @@
 """Assess the papers' claims in ``claims.yaml`` on the tracked sweeps.
 
     python -m analysis.claims                                     # from what is tracked in ./mlflow.db
-    python -m analysis.claims run=true jobs=2 seeds=0,1,2,3,4    # first runs the sweeps that are missing
+    python -m analysis.claims run=true jobs=2                     # first runs the sweeps that are missing
+    python -m analysis.claims exploratory=true seeds=0,1,2,3,4    # runs that are older than the claims, marked
     python -m analysis.claims uri=sqlite:///elsewhere.db tag=data.train=4800
+    python -m analysis.claims_plan                                # how many seeds and prompts the claims need
+
+Claims are tested only on the seeds that their file fixes and on runs made after the commit of that file.
 
 Writes ``claims.md``, ``claims.csv``, ``claims.json`` and ``claims.tex`` and logs them to MLflow in a separate run;
 ``claims.json`` is also logged with the sweeps that were read. The exit status is 1 if no claim could be measured, or if
 a sweep failed.
 
-``claims_book.py`` explains the file of claims, and ``claims_rules.py`` the decision rule. ``claims_measures.py`` has
-the measures, and ``claims_assess.py`` computes them from runs.
+``claims_book.py`` explains the file of claims, ``claims_rules.py`` the decision rule, and ``claims_registered.py`` says
+which runs test the claims. ``claims_measures.py`` has the measures, and ``claims_assess.py`` computes them from runs.
 """
 
 import argparse
@@ -23,7 +27,8 @@ from pathlib import Path
 from analysis import claims_tables as tables
 from analysis.claims_assess import Result, Tracked, assess
 from analysis.claims_book import FILE, Book, Sweep, read
-from analysis.claims_rules import OUTCOMES
+from analysis.claims_registered import Registration
+from analysis.claims_rules import CHECKED, OUTCOMES
 from analysis.keeping import log as keep
 from dnpo.commands.grammar import parse, program
 from dnpo.errors import DnpoError, SettingsError, TrackingError
@@ -32,7 +37,6 @@ from dnpo.tracking.client import default_uri
 from dnpo.tracking.reading import KIND, Database
 from dnpo.wording import plural
 
-SEEDS = "0,1,2,3,4"
 BRIEF = "claims-brief.md"
 SHOWN = ("scale", "data", "model", "judge")  # options of the runs that the caption gives
 LAUNCHER = "hydra_plugins.hydra_joblib_launcher"
@@ -64,7 +68,12 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--experiment", default="dnpo", help="its experiment (%(default)s)")
     options.add_argument("--claims", type=Path, default=FILE, metavar="FILE", help="the file of claims")
     options.add_argument("--out", type=Path, default=Path("claims"), metavar="FOLDER", help="results (%(default)s)")
-    options.add_argument("--seeds", help=f"such as 0,1,2 (default: all that are tracked; with --run {SEEDS})")
+    options.add_argument(
+        "--seeds", help="such as 5,6,7 (default: those of the file; exploratory: all that are tracked)"
+    )
+    options.add_argument(
+        "--exploratory", action="store_true", help="take runs older than the claims and other seeds too, and mark them"
+    )
     options.add_argument(
         "--tag", action="append", default=[], metavar="NAME=VALUE", help="a tag or setting that runs must have"
     )
@@ -83,29 +92,35 @@ def parser() -> argparse.ArgumentParser:
 
 def _go(options: argparse.Namespace) -> int:
     book = read(options.claims)
-    seeds = _seeds(options.seeds or (SEEDS if options.run else ""))
+    registration = Registration.of(book.path)
+    seeds = choose_seeds(book, options)
+    if registration.problem and not options.exploratory:
+        raise SettingsError(
+            f"claims={options.claims}: {registration.problem}. Commit it before its seeds are run; exploratory=true "
+            "takes all runs, and marks the results"
+        )
     where = _pairs(options.tag)
     failed: list[str] = []
     clock = time.monotonic()
     if options.run:
-        failed = run_missing(book, options, where, seeds or [])
+        failed = run_missing(book, options, where, seeds or book.seeds)
     try:
         database = Database(options.uri, options.experiment)
     except TrackingError as error:
         raise TrackingError(f"{error}. To run the sweeps first: python -m analysis.claims run=true") from error
-    tracked = Tracked.of(book, database, where, seeds)
+    tracked = Tracked.of(book, database, where, seeds, None if options.exploratory else registration)
     began = time.monotonic()
-    results = assess(book, tracked)
+    results = assess(book, tracked, options.exploratory)
     print(
         f"{plural(len(results), 'claim')} measured in {time.monotonic() - began:.0f} s; "
         f"{time.monotonic() - clock:.0f} s in all"
     )
     scale = f"Measured on: {book.scale}. " if any(tracked.runs.values()) else "No run was found. "
-    about = f"{scale}{_about(book, tracked)}"
+    about = f"{_registered(book, registration, options.exploratory)} {scale}{_about(book, tracked)}"
     files = write(results, about, options.out)
     for place, result in enumerate(results, 1):
         effect = "" if result.effect is None else tables.format_effect(result)
-        print(f"{place:3} {result.outcome:13} {result.claim.id:34} {effect}")
+        print(f"{place:3} {result.claim.role:9} {result.outcome:15} {result.claim.id:34} {effect}")
     for remark in tables.remarks(results):
         if "not measured" in remark:
             print(remark)
@@ -118,12 +133,33 @@ def _go(options: argparse.Namespace) -> int:
     return int(bool(failed) or not measured)
 
 
-def _seeds(text: str) -> list[int] | None:
+def choose_seeds(book: Book, options: argparse.Namespace) -> list[int] | None:
+    """The seeds to use: those that are asked for, or those of the file; None: all, in an exploratory table.
+
+    Raises:
+        SettingsError: they are no numbers, or the file does not fix them and the table is not exploratory.
+    """
+    text = options.seeds or ""
     if not text:
-        return None
+        return None if options.exploratory else list(book.seeds)
     if not all(part.strip().isdigit() for part in text.split(",")):
-        raise SettingsError(f"seeds={text}: expected whole numbers with commas, such as {SEEDS}")
-    return sorted({int(part) for part in text.split(",")})
+        raise SettingsError(f"seeds={text}: expected whole numbers with commas, such as 5,6,7")
+    seeds = sorted({int(part) for part in text.split(",")})
+    if not options.exploratory and (others := set(seeds) - set(book.seeds)):
+        raise SettingsError(
+            f"seeds={text}: {book.path.name} fixes seeds {tables.ranges(book.seeds)}, without "
+            f"{tables.ranges(sorted(others))}; exploratory=true takes any, and marks the results"
+        )
+    return seeds
+
+
+def _registered(book: Book, registration: Registration, exploratory: bool) -> str:
+    """Which runs test which claims, in a sentence."""
+    if exploratory:
+        return f"Exploratory ({registration.text}): also runs older than the claims, and seeds that they do not fix."
+    return (
+        f"Claims: {registration.text}; only runs made after this commit are used, of seeds {tables.ranges(book.seeds)}."
+    )
 
 
 def _pairs(given: Sequence[str]) -> dict[str, str]:
@@ -140,7 +176,8 @@ def _about(book: Book, tracked: Tracked) -> str:
         runs, seeds = len(tracked.runs[sweep]), tracked.seeds(sweep)
         of = f" of seeds {', '.join(map(str, seeds))}" if seeds else ""
         short = f", {tracked.unfinished[sweep]} unfinished" if tracked.unfinished[sweep] else ""
-        sweeps.append(f"{sweep} ({plural(runs, 'run')}{of}{short})")
+        refused = f"; left out: {tracked.refused[sweep]}" if sweep in tracked.refused else ""
+        sweeps.append(f"{sweep} ({plural(runs, 'run')}{of}{short}{refused})")
     every = [run for runs in tracked.runs.values() for run in runs]
     options = {part: " and ".join(sorted({run.option(part) or "none" for run in every})) for part in SHOWN}
     shared = f"; all with {', '.join(f'{part}={value}' for part, value in options.items())}" if every else ""
@@ -183,7 +220,8 @@ def missing_seeds(
         database = Database(options.uri, options.experiment)
     except TrackingError:
         database = None  # nothing is tracked there yet
-    tracked = Tracked.of(book, database, where, seeds)
+    registration = None if options.exploratory else Registration.of(book.path)
+    tracked = Tracked.of(book, database, where, seeds, registration)
     claims = [claim for claim in book.claims if claim.sweep == sweep]
     return [seed for seed in seeds if any(tracked.missing(claim, seed) for claim in claims)]
 
@@ -242,8 +280,10 @@ def log(database: Database, results: Sequence[Result], files: Sequence[Path]) ->
     # a note in MLflow is too short for the whole table
     note = next(file for file in files if file.name == BRIEF).read_text(encoding="utf-8")
     tags = {KIND: "claims", "mlflow.note.content": note}
+    if any(result.exploratory for result in results):
+        tags["dnpo.exploratory"] = "true"
     run = str(database.client.create_run(database.experiment_id, run_name="claims", tags=tags).info.run_id)
-    for outcome in OUTCOMES:
+    for outcome in (*OUTCOMES, *CHECKED):
         database.client.log_metric(run, f"claims/{outcome.replace(' ', '_')}", outcomes.count(outcome))
     for result in results:
         if result.effect is not None:

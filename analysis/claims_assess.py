@@ -5,18 +5,30 @@ belongs to its arm only if the parts that define the arm have started at k. So a
 contributes only its last iteration, and a chain of ``main`` all of its iterations.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from analysis.claims_book import Book, Claim, Premise, Term
 from analysis.claims_measures import BETWEEN, MEASURES, TrackedPolicy, Values
-from analysis.claims_rules import Effect, Outcome, Sample, decide, estimate_effect
+from analysis.claims_registered import Registration, describe, split
+from analysis.claims_rules import (
+    ROLES,
+    Effect,
+    Outcome,
+    Role,
+    Sample,
+    check,
+    correct,
+    decide,
+    estimate_effect,
+    strictest,
+)
 from analysis.selection import refuse_mixture, refuse_unlike
 from dnpo.errors import DataError, DnpoError
 from dnpo.stats.intervals import Estimate
-from dnpo.stats.significance import holm
+from dnpo.stats.table import ALPHA
 from dnpo.tracking.reading import SFT, Database, TrackedRun
 
 PARTS = ("dsl", "npo")  # each acts from its `start` on
@@ -33,24 +45,32 @@ class Tracked:
         runs: finished runs by sweep, the newest first.
         unfinished: numbers of unfinished runs, by sweep.
         absent: why a sweep has no runs.
+        refused: what is said about runs that do not test the claims as they are registered, by sweep.
     """
 
     arms: Mapping[str, Mapping[str, str]]
     runs: dict[str, list[TrackedRun]] = field(default_factory=dict)
     unfinished: dict[str, int] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     _policies: dict[tuple[str, int | str], TrackedPolicy] = field(default_factory=dict)
     _values: dict[str, Values] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, book: Book, database: Database | None, where: Mapping[str, str], seeds: Sequence[int] | None
+        cls,
+        book: Book,
+        database: Database | None,
+        where: Mapping[str, str],
+        seeds: Sequence[int] | None,
+        registration: Registration | None = None,
     ) -> "Tracked":
         """Read the runs.
 
         Args:
             where: tags or settings that runs must have.
             seeds: seeds to use; None: all.
+            registration: of the claims, which runs must be made after; None: runs of any time.
         """
         self = cls(book.arms)
         for sweep in book.sweeps:
@@ -61,7 +81,12 @@ class Tracked:
             except DataError as error:
                 runs = []
                 self.absent[sweep] = str(error) if where else f"no run of sweep {sweep} is tracked"
-            self.runs[sweep] = sorted((run for run in runs if run.finished), key=lambda run: -run.started)
+            finished = [run for run in runs if run.finished]
+            if registration is not None:
+                finished, objections = split(registration, finished)
+                if objections:
+                    self.refused[sweep] = describe(objections)
+            self.runs[sweep] = sorted(finished, key=lambda run: -run.started)
             self.unfinished[sweep] = sum(not run.finished for run in runs)
         return self
 
@@ -86,7 +111,7 @@ class Tracked:
         policy = _find_policy(claim, self, arm, seed, iteration)
         key = repr((policy.run.id, iteration, claim.measure, sorted(claim.arguments.items())))
         if key not in self._values:
-            of, function = MEASURES[claim.measure]
+            of, function, _ = MEASURES[claim.measure]
             self._values[key] = function(getattr(policy, of), **claim.arguments)
         return self._values[key]
 
@@ -126,6 +151,11 @@ class Result:
     """The outcome of a claim.
 
     Attributes:
+        p: of the test against the claim's region, before the correction.
+        p_adjusted: after the correction over all claims of its role; None for a check.
+        p_negligible, p_negligible_adjusted: likewise of the test whether the effect is negligible.
+        level: the level of ``detectable``, the strictest one of the correction.
+        exploratory: whether runs were used that do not test the claims as they are registered.
         by: the effect by iteration, if both sides have the same iterations.
         reason: why it was not measured.
         runs: the runs that the measurement used.
@@ -134,32 +164,91 @@ class Result:
     claim: Claim
     outcome: Outcome
     effect: Effect | None = None
-    p_holm: float | None = None
+    p: float | None = None
+    p_adjusted: float | None = None
+    p_negligible: float | None = None
+    p_negligible_adjusted: float | None = None
+    level: float = ALPHA
+    exploratory: bool = False
     by: Mapping[str, Estimate] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     reason: str = ""
     runs: tuple[TrackedRun, ...] = ()
 
+    @property
+    def detectable(self) -> float | None:
+        """The smallest difference from the target that would be found in 80 % of such comparisons."""
+        return None if self.effect is None else self.effect.detectable(self.level)
 
-def assess(book: Book, tracked: Tracked, say: Callable[[Claim], None] | None = None) -> list[Result]:
-    """Measure every claim, correct the p values over all claims, and decide."""
-    results = []
+
+def assess(book: Book, tracked: Tracked, exploratory: bool = False) -> list[Result]:
+    """Measure every claim, correct the p values over all claims of a role, and decide.
+
+    Args:
+        exploratory: whether the runs do not test the claims as they are registered; only marks the results.
+    """
+    measured = {}
     for claim in book.claims:
-        if say:
-            say(claim)
         try:
-            results.append(_measure(claim, tracked, book.sweeps[claim.sweep].methods))
+            result = _measure(claim, tracked, book.sweeps[claim.sweep].methods)
+            fixed = len(book.seeds)
+            if not exploratory and result.effect is not None and result.effect.seeds < fixed:
+                note = f"{result.effect.seeds} of the {fixed} seeds fixed beforehand"
+                result = replace(result, notes=(*result.notes, note))
         except DnpoError as error:
-            results.append(Result(claim, "not measured", reason=str(error)))
-    adjusted = holm([result.effect.p if result.effect else 1.0 for result in results])
-    return [_decide_one(result, p) for result, p in zip(results, adjusted, strict=True)]
+            result = Result(claim, "not measured", reason=str(error))
+        measured[claim.id] = replace(result, exploratory=exploratory)
+    decided: dict[str, Result] = {}
+    for role in ROLES:
+        decided |= _decide_role(role, [measured[claim.id] for claim in book.by_role(role)])
+    return [_with_gates(decided[claim.id], decided) for claim in book.claims]
 
 
-def _decide_one(result: Result, p_holm: float) -> Result:
-    if result.effect is None:
+def _decide_role(role: Role, results: Sequence[Result]) -> dict[str, Result]:
+    """Decide the claims of a role, without those that their outcomes depend on."""
+    if not results:
+        return {}
+    level = strictest(role, len(results))
+    tested = [_test(replace(result, level=level)) for result in results]
+    if role == "check":
+        return {
+            r.claim.id: r if r.effect is None else replace(r, outcome=check(r.effect, r.claim.region)) for r in tested
+        }
+    found = correct([1.0 if r.p is None else r.p for r in tested], role)
+    negligible = correct([1.0 if r.p_negligible is None else r.p_negligible for r in tested], role)
+    decided = {}
+    for result, p, p_negligible in zip(tested, found, negligible, strict=True):
+        claim, effect = result.claim, result.effect
+        if effect is not None:
+            result = replace(
+                result,
+                outcome=decide(effect, claim.region, claim.band, p, p_negligible),
+                p_adjusted=p,
+                p_negligible_adjusted=None if claim.band is None else p_negligible,
+            )
+        decided[claim.id] = result
+    return decided
+
+
+def _test(result: Result) -> Result:
+    """Add the p values of a measured claim."""
+    claim, effect = result.claim, result.effect
+    if effect is None:
         return result
-    outcome = decide(result.effect.estimate, result.claim.region, p_holm, result.effect.seeds)
-    return replace(result, outcome=outcome, p_holm=p_holm)
+    band = claim.band
+    return replace(result, p=effect.p(claim.region), p_negligible=None if band is None else effect.p(band))
+
+
+def _with_gates(result: Result, decided: Mapping[str, Result]) -> Result:
+    """Keep a claim from being supported while its positive control, or the claim that it comes after, is not."""
+    claim = result.claim
+    if result.outcome != "supported":
+        return result
+    for name, other in (("positive control", claim.control), ("gate", claim.after)):
+        if other and _with_gates(decided[other], decided).outcome != "supported":
+            note = f"not supported, because its {name} {other} is {_with_gates(decided[other], decided).outcome}"
+            return replace(result, outcome="undecided", notes=(*result.notes, note))
+    return result
 
 
 def _measure(claim: Claim, tracked: Tracked, methods: bool) -> Result:
@@ -176,6 +265,10 @@ def _measure(claim: Claim, tracked: Tracked, methods: bool) -> Result:
     seeds = [seed for seed in tracked_seeds if seed not in lacking]
     if not seeds:
         why = tracked.absent.get(claim.sweep, "") or _lacking(claim.sweep, lacking, tracked.unfinished[claim.sweep])
+        refused = tracked.refused.get(claim.sweep, "")
+        why = (
+            f"sweep {claim.sweep}: left out: {refused}; exploratory=true shows them" if refused and not lacking else why
+        )
         raise DataError(f"{why}; run dnpo claims run=true, or dnpo sweep {claim.sweep}")
     notes = [f"seed {seed} is left out: it has no finished {', '.join(lacking[seed])}" for seed in lacking]
     if claim.premise:
@@ -189,7 +282,7 @@ def _measure(claim: Claim, tracked: Tracked, methods: bool) -> Result:
     else:
         refuse_mixture(runs, differing_starts=True, matters=claim.matters)
     a, b = claim.sides
-    effect = estimate_effect(sample(claim, tracked, seeds, a, b), claim.region)
+    effect = estimate_effect(sample(claim, tracked, seeds, a, b))
     by = _by_iteration(claim, tracked, seeds)
     return Result(claim, "undecided", effect, by=by, notes=(*notes, *effect.notes), runs=runs)
 
@@ -245,13 +338,17 @@ def sample(claim: Claim, tracked: Tracked, seeds: Sequence[int], a: Sequence[Ter
                 raise DataError("its runs were not measured on the same held-out prompts")
             rows.append([claim.times * as_dict[name] for name in names])
         matrices.append(np.asarray(rows, float))
-    return Sample(matrices[0], matrices[1], by_item)
+    steps = 0
+    if not by_item and claim.ends is not None:
+        policies = [_find_policy(claim, tracked, t.arm, seed, k) for seed in seeds for t in a for k in t.iterations]
+        steps = sum(len(policy.steps) for policy in policies)
+    return Sample(matrices[0], matrices[1], by_item, claim.ends, steps)
 
 
 def _sides(claim: Claim, tracked: Tracked, seed: int, a: Sequence[Term], b: Sequence[Term]) -> tuple[Values, Values]:
     """The values of a and b for one seed."""
     if claim.measure in BETWEEN:
-        of, function = BETWEEN[claim.measure]
+        of, function, _ = BETWEEN[claim.measure]
         values = [
             function(
                 getattr(_find_policy(claim, tracked, a[0].arm, seed, ours), of),
@@ -292,5 +389,5 @@ def _by_iteration(claim: Claim, tracked: Tracked, seeds: Sequence[int]) -> dict[
     effects = {}
     for k in a[0].iterations:
         ours, theirs = [Term(a[0].arm, (k,))], [Term(term.arm, (k,)) for term in b]
-        effects[str(k)] = estimate_effect(sample(claim, tracked, seeds, ours, theirs), claim.region).estimate
+        effects[str(k)] = estimate_effect(sample(claim, tracked, seeds, ours, theirs)).estimate
     return effects

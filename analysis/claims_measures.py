@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
-from scipy.signal import detrend
 from scipy.stats import ks_2samp
 
 from dnpo import catalogue, records
@@ -173,33 +172,41 @@ def mean_over_steps(steps: Sequence[Row], name: str, otherwise: str = "") -> flo
     return records.mean_over_steps(steps, chosen)
 
 
+def share_of_steps(steps: Sequence[Row], name: str, below: float) -> float:
+    """The share of the steps of one training in which a metric is below a threshold, each weighted by its rows."""
+    return float(np.average(_series(steps, name) < below, weights=_weights(steps, name)))
+
+
 def correlation(steps: Sequence[Row], first: str, second: str, detrended: bool = False) -> float:
-    """Pearson's correlation of two metrics over the steps of one training.
+    """Pearson's correlation of two metrics over the steps of one training, each weighted by its rows.
 
     Args:
         detrended: subtract the best-fitting straight line from each series first, so that a common trend does not
             count as correlation.
     """
-    x, y = _series(steps, first), _series(steps, second)
+    x, y, weights = _series(steps, first), _series(steps, second), _weights(steps, first)
     if detrended:
-        x, y = detrend(x), detrend(y)
+        x, y = _detrend(x, weights), _detrend(y, weights)
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         raise DataError(f"{first} and {second} need three steps or more, and to change over them")
-    return float(np.corrcoef(x, y)[0, 1])
+    covariance = np.cov(x, y, aweights=weights)
+    return float(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]))
 
 
 def rise_within_epochs(steps: Sequence[Row], name: str, epochs: int) -> float:
-    """The rise of a metric's least-squares line within an epoch, averaged over epochs."""
-    series = _epochs(steps, name, epochs)
+    """The rise of a metric's least-squares line within an epoch, averaged over epochs; steps count by their rows."""
+    series, weights = _epochs(steps, name, epochs)
     place = np.arange(series.shape[1])
-    slopes = [float(np.polyfit(place, epoch, 1)[0]) for epoch in series]
+    slopes = [
+        float(np.polyfit(place, epoch, 1, w=np.sqrt(rows))[0]) for epoch, rows in zip(series, weights, strict=True)
+    ]
     return _mean(slopes) * (len(place) - 1)
 
 
 def change_over_epochs(steps: Sequence[Row], name: str, epochs: int) -> float:
-    """The mean of a metric in the last epoch minus its mean in the first."""
-    series = _epochs(steps, name, epochs)
-    return float(series[-1].mean() - series[0].mean())
+    """The mean of a metric in the last epoch minus its mean in the first; steps count by their rows."""
+    series, weights = _epochs(steps, name, epochs)
+    return float(np.average(series[-1], weights=weights[-1]) - np.average(series[0], weights=weights[0]))
 
 
 def _series(steps: Sequence[Row], name: str) -> Any:
@@ -209,12 +216,23 @@ def _series(steps: Sequence[Row], name: str) -> Any:
     return np.asarray(values, float)
 
 
-def _epochs(steps: Sequence[Row], name: str, epochs: int) -> Any:
-    """A metric as an array, epochs × steps."""
+def _weights(steps: Sequence[Row], name: str) -> Any:
+    """The rows of each step that has a metric; 1 if a step does not say them."""
+    return np.asarray([float(step.get("rows", 1.0)) for step in steps if name in step])
+
+
+def _detrend(series: Any, weights: Any) -> Any:
+    """A series less its weighted least-squares line."""
+    place = np.arange(len(series))
+    return series - np.polyval(np.polyfit(place, series, 1, w=np.sqrt(weights)), place)
+
+
+def _epochs(steps: Sequence[Row], name: str, epochs: int) -> tuple[Any, Any]:
+    """A metric and the rows of its steps as arrays, epochs × steps."""
     series = _series(steps, name)
     if epochs < 2 or len(series) % epochs or len(series) < 2 * epochs:
         raise DataError(f"{len(series)} training steps are not {epochs} epochs of two steps or more")
-    return series.reshape(epochs, -1)
+    return series.reshape(epochs, -1), _weights(steps, name).reshape(epochs, -1)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -222,20 +240,34 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class ClaimMeasure(NamedTuple):
-    """A measure, and the attribute of a :class:`TrackedPolicy` that it is computed from."""
+    """A measure, and the attribute of a :class:`TrackedPolicy` that it is computed from.
+
+    Attributes:
+        ends: its least and largest possible value, if it is a mean over units such as answers or steps; None otherwise.
+    """
 
     of: str
     function: Callable[..., Values]
+    ends: tuple[float, float] | None = None
 
 
 MEASURES: Mapping[str, ClaimMeasure] = {
-    "by_prompt": ClaimMeasure("items", by_prompt),
-    "as_good_as_human": ClaimMeasure("items", as_good_as_human),
+    "by_prompt": ClaimMeasure("items", by_prompt, (0.0, 100.0)),
+    "as_good_as_human": ClaimMeasure("items", as_good_as_human, (0.0, 1.0)),
     "metric": ClaimMeasure("row", metric),
     "distance": ClaimMeasure("logprobs", distance),
     "mean_over_steps": ClaimMeasure("steps", mean_over_steps),
+    "share_of_steps": ClaimMeasure("steps", share_of_steps, (0.0, 1.0)),
     "correlation": ClaimMeasure("steps", correlation),
     "rise_within_epochs": ClaimMeasure("steps", rise_within_epochs),
     "change_over_epochs": ClaimMeasure("steps", change_over_epochs),
 }
-BETWEEN: Mapping[str, ClaimMeasure] = {"duels": ClaimMeasure("items", duels)}  # these compare one side with the other
+BETWEEN: Mapping[str, ClaimMeasure] = {
+    "duels": ClaimMeasure("items", duels, (-1.0, 1.0))
+}  # these compare one side with the other
+
+
+def ends(measure: str, arguments: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The least and the largest possible value of a measure of units; None if it does not count units."""
+    right = measure == "by_prompt" and arguments.get("column") == "right"
+    return (0.0, 1.0) if right else {**MEASURES, **BETWEEN}[measure].ends

@@ -1,45 +1,71 @@
-"""Decide whether a claim is supported, contradicted or undecided: the rule, as pure functions.
+"""Decide the outcome of a claim: the rule, as pure functions.
 
 A claim states a region for an effect, an open interval: above or below a target (``greater``, ``less``), not below or
-not above it by more than a margin (``at_least``, ``at_most``), or within a margin around it (``within``). The effect
-has a 95 % t interval over seeds and items, which is wide if there are few seeds. The claim is
+not above it by more than a margin (``at_least``, ``at_most``), or within a margin around it (``within``). Except for
+``within``, it also states the smallest effect of interest (SESOI): a deviation from the target that is smaller, in
+either direction, is negligible. One model of seeds and items gives the 95 % interval and every p, so a p ≤ 0.05 means
+that the interval excludes the bound that is tested. The claim is
 
-    supported      if the interval lies inside the region, and p ≤ 0.05 after Holm's correction;
+    negligible     if the interval lies within the SESOI around the target (two one-sided tests), with p ≤ 0.05 after
+                   the correction;
+    supported      if the interval lies inside the region, with p ≤ 0.05 after the correction;
     contradicted   if the interval lies outside the region, with the same p;
     undecided      otherwise, and always with fewer than three seeds.
 
-p comes from a two-sided test against the region's bound; with two bounds it is the larger p. If a paired difference
-over items is compared with 0, p comes from ``dnpo.stats.paired``. Holm's correction is over all claims of the file. A
-claim that was not measured counts with p = 1, so a claim does not become easier to support if fewer claims are
-measured.
+p comes from two-sided tests against the bounds; with two bounds it is the larger p. It is corrected over all claims of
+the same role in the file: Holm's correction for primary claims, Benjamini and Hochberg's for secondary ones. The
+correction is applied to both questions separately, whether there is an effect and whether it is negligible. A claim
+that was not measured counts with p = 1, so a claim does not become easier to support if fewer claims are measured.
+
+``at_least`` and ``at_most`` are non-inferiority. Their margin is below the SESOI, and they are supported only if a
+positive control is: another claim by the same measure on the same runs, with a known effect. Otherwise a measure that
+shows nothing would support them.
+
+Checks follow from the construction or from the mathematics. They have no correction: their interval lies inside the
+region, as expected, or it does not.
+
+If nothing varies, there is no t test. A measure that counts units, such as answers or steps, has an exact bound instead
+(:class:`dnpo.stats.intervals.Unvaried`); any other claim is undecided.
 
 Shapes: S seeds, I items.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from dnpo.errors import DataError
-from dnpo.stats.intervals import Array, Estimate, Mean, estimate_mean
-from dnpo.stats.paired import compare_paired
+from dnpo.stats.intervals import Array, Estimate, Mean, Unvaried, estimate_mean, still
+from dnpo.stats.significance import benjamini_hochberg, holm
 from dnpo.stats.table import ALPHA
+from dnpo.wording import plural
 
 Relation = Literal["greater", "less", "at_least", "at_most", "within"]
-Outcome = Literal["supported", "contradicted", "undecided", "not measured"]
-OUTCOMES: tuple[Outcome, ...] = ("supported", "contradicted", "undecided", "not measured")
+Role = Literal["primary", "secondary", "check"]
+Outcome = Literal[
+    "supported", "contradicted", "negligible", "undecided", "not measured", "as expected", "not as expected"
+]
+OUTCOMES: tuple[Outcome, ...] = ("supported", "contradicted", "negligible", "undecided", "not measured")
+CHECKED: tuple[Outcome, ...] = ("as expected", "not as expected")
+ROLES: tuple[Role, ...] = ("primary", "secondary", "check")
 LEAST_SEEDS = 3
+POWER = 0.8
 
 RULE = (
-    "Supported: the whole 95 % interval lies where the claim says, and p ≤ {alpha} after Holm's correction over all "
-    "{claims} claims (one that was not measured counts with p = 1). Contradicted: the whole interval lies elsewhere, "
-    "with the same p. Undecided: everything else, and every claim measured with fewer than {least} seeds. Intervals "
-    "are t intervals over seeds and, if there are any, items; detectable is the smallest true difference from the "
-    "bound that would be found in 80 % of such comparisons at α = {alpha}, before the correction."
+    "Supported: the whole 95 % interval lies where the claim says, and p ≤ {alpha} after the correction. Contradicted: "
+    "the whole interval lies elsewhere, with the same p. Negligible: the whole interval lies within the smallest "
+    "effect of interest (SESOI), with p ≤ {alpha} in two one-sided tests after the correction. Undecided: everything "
+    "else, and every claim measured with fewer than {least} seeds. Correction, over both questions separately: "
+    "{corrections}. A "
+    "claim that was not measured counts with p = 1. Interval and p are from one model of seeds and, if there are any, "
+    "items. Detectable is the smallest true difference from the target that would be found in {power} % of such "
+    "comparisons at the strictest level of the correction."
 )
+CORRECTIONS = {"primary": "Holm's over {}", "secondary": "Benjamini and Hochberg's over {}", "check": "none of {}"}
+NOUNS = {"primary": "primary claim", "secondary": "secondary claim", "check": "check"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +80,16 @@ class Region:
         """The finite bounds."""
         return tuple(bound for bound in (self.low, self.high) if math.isfinite(bound))
 
+    def includes(self, estimate: Estimate) -> bool:
+        """Whether the whole interval lies inside."""
+        ends = (estimate.low, estimate.high)
+        return ends[0] is not None and ends[1] is not None and self.low < ends[0] and ends[1] < self.high
+
+    def excludes(self, estimate: Estimate) -> bool:
+        """Whether the whole interval lies outside."""
+        ends = (estimate.low, estimate.high)
+        return ends[0] is not None and ends[1] is not None and (ends[1] <= self.low or self.high <= ends[0])
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -61,11 +97,15 @@ class Sample:
 
     Attributes:
         by_item: whether the columns are items; otherwise there is one column, with one value for each seed.
+        ends: least and largest possible effect, if the values count units; None for other values.
+        units: number of these units.
     """
 
     a_SI: Array
     b_SI: Array
     by_item: bool
+    ends: tuple[float, float] | None = None
+    units: int = 0
 
     @property
     def seeds(self) -> int:
@@ -78,17 +118,23 @@ class Effect:
     """An effect with its uncertainty.
 
     Attributes:
-        p: before any correction; 1 if it cannot be tested.
-        detectable: smallest detectable difference; None if the values do not vary.
+        model: gives the interval and every p; None if it cannot be tested.
         items: number of items; None for a measure without items.
     """
 
     estimate: Estimate
-    p: float
-    detectable: float | None
+    model: Mean | Unvaried | None
     seeds: int
     items: int | None
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def p(self, where: Region) -> float:
+        """The largest p of two-sided tests against the bounds of a region; 1 if it cannot be tested."""
+        return 1.0 if self.model is None else max(map(self.model.p, where.bounds), default=1.0)
+
+    def detectable(self, level: float) -> float | None:
+        """The smallest difference that a test at this level detects in 80 % of cases; None if nothing varies."""
+        return self.model.detectable(level, POWER) if isinstance(self.model, Mean) else None
 
 
 def region(relation: Relation, target: float, margin: float) -> Region:
@@ -98,15 +144,15 @@ def region(relation: Relation, target: float, margin: float) -> Region:
     return Region(low.get(relation, -math.inf), high.get(relation, math.inf))
 
 
-def estimate_effect(sample: Sample, where: Region) -> Effect:
-    """Estimate the effect of a sample and test it against the bounds of a region.
+def estimate_effect(sample: Sample) -> Effect:
+    """Estimate the effect of a sample.
 
     Raises:
         DataError: no item has a value on both sides for every seed.
     """
     kept_I = np.isfinite(sample.a_SI + sample.b_SI).all(0)
-    a_SI, b_SI = sample.a_SI[:, kept_I], sample.b_SI[:, kept_I]
-    seeds, items = a_SI.shape
+    difference_SI = (sample.a_SI - sample.b_SI)[:, kept_I]
+    seeds, items = difference_SI.shape
     notes = []
     prompts = sample.a_SI.shape[1]
     if prompts > items:
@@ -115,41 +161,69 @@ def estimate_effect(sample: Sample, where: Region) -> Effect:
         raise DataError("no prompt has a result on both sides for every seed")
     if seeds == 1:
         notes.append("one seed: the variation between trainings is unknown")
-    difference_SI = a_SI - b_SI
-    mean = estimate_mean(difference_SI if sample.by_item else difference_SI.T)
     counted = items if sample.by_item else None
-    if mean is None:
-        return Effect(Estimate(float(difference_SI.mean())), 1.0, None, seeds, counted, tuple(notes))
-    if not mean.error:
-        notes.append("the values do not vary, so the interval has no width; that is not certainty")
-    if sample.by_item and where.bounds == (0.0,):
-        p = compare_paired(a_SI, b_SI, kind="scores", interval="t").p
-    else:
-        p = p_against(mean, where)
-    return Effect(mean.estimate(), p, mean.detectable() if mean.error else None, seeds, counted, tuple(notes))
+    mean = estimate_mean(difference_SI if sample.by_item else difference_SI.T)
+    model: Mean | Unvaried | None = mean if mean is not None and mean.error else None
+    if model is None and (mean is not None or sample.units > 1) and still(difference_SI):
+        units = difference_SI.size if sample.by_item else sample.units
+        value = float(difference_SI.flat[0])
+        if sample.ends is None or units < 2:
+            notes.append("nothing varies, so there is no interval")
+        else:
+            model = Unvaried(value, *sample.ends, units)
+            notes.append(f"nothing varies: exact interval, from {units:,} units as if they were independent")
+    if model is None:
+        return Effect(Estimate(float(difference_SI.mean())), None, seeds, counted, tuple(notes))
+    return Effect(model.estimate(), model, seeds, counted, tuple(notes))
 
 
-def p_against(mean: Mean, where: Region) -> float:
-    """The largest p of two-sided t tests against the bounds of a region."""
-    return max((replace(mean, value=mean.value - bound).p() for bound in where.bounds), default=1.0)
+def decide(effect: Effect, where: Region, band: Region | None, p: float, p_negligible: float) -> Outcome:
+    """Decide the outcome of a primary or secondary claim by the rule at the head of this file.
 
-
-def decide(effect: Estimate, where: Region, p_holm: float, seeds: int) -> Outcome:
-    """Decide the outcome by the rule at the head of this file."""
-    if effect.low is None or effect.high is None or seeds < LEAST_SEEDS or not p_holm <= ALPHA:
+    Args:
+        band: the effects that are negligible; None if the claim has no SESOI.
+        p, p_negligible: of the test against the region and of the one against the band, after the correction.
+    """
+    if effect.seeds < LEAST_SEEDS:
         return "undecided"
-    if where.low < effect.low and effect.high < where.high:
+    if band is not None and p_negligible <= ALPHA and band.includes(effect.estimate):
+        return "negligible"
+    if p <= ALPHA and where.includes(effect.estimate):
         return "supported"
-    if effect.high <= where.low or where.high <= effect.low:
+    if p <= ALPHA and where.excludes(effect.estimate):
         return "contradicted"
     return "undecided"
 
 
-def rule(claims: int) -> str:
-    """State the rule for a caption."""
-    return RULE.format(alpha=ALPHA, claims=claims, least=LEAST_SEEDS)
+def check(effect: Effect, where: Region) -> Outcome:
+    """The outcome of a check: whether the interval lies inside the region."""
+    return "as expected" if where.includes(effect.estimate) else "not as expected"
+
+
+def correct(ps: Sequence[float], role: Role) -> list[float]:
+    """Correct the p values of all claims of a role."""
+    if role == "check":
+        return list(ps)
+    return holm(ps) if role == "primary" else benjamini_hochberg(ps)
+
+
+def strictest(role: Role, claims: int) -> float:
+    """The level that the smallest p of so many claims of a role must reach; the largest p may need less."""
+    return ALPHA if role == "check" else ALPHA / claims
+
+
+def rule(roles: Sequence[Role]) -> str:
+    """State the rule for a caption.
+
+    Args:
+        roles: the role of each claim of the file.
+    """
+    counts = {role: roles.count(role) for role in ROLES if role in roles}
+    named = [CORRECTIONS[role].format(plural(count, NOUNS[role])) for role, count in counts.items()]
+    return RULE.format(alpha=ALPHA, least=LEAST_SEEDS, power=round(100 * POWER), corrections="; ".join(named))
 
 
 def count_outcomes(outcomes: Sequence[Outcome]) -> str:
-    """Count the outcomes of each kind, in words."""
-    return ", ".join(f"{outcomes.count(one)} {one}" for one in OUTCOMES)
+    """Count the outcomes of each kind, in words; those of checks only if there are any."""
+    shown = (*OUTCOMES, *(CHECKED if set(CHECKED) & set(outcomes) else ()))
+    return ", ".join(f"{outcomes.count(one)} {one}" for one in shown)

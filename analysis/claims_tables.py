@@ -1,4 +1,7 @@
-"""Tables of the claims' results: Markdown and LaTeX with rounded numbers, CSV and JSON with exact ones."""
+"""Tables of the claims' results: Markdown and LaTeX with rounded numbers, CSV and JSON with exact ones.
+
+Primary claims, secondary claims and checks have separate tables, with the numbers that they have in the file.
+"""
 
 import csv
 import io
@@ -9,29 +12,38 @@ from typing import Any
 
 from analysis.claims_assess import Result
 from analysis.claims_book import Claim
-from analysis.claims_rules import count_outcomes, rule
+from analysis.claims_rules import ROLES, Role, count_outcomes, rule
 from dnpo.escape import for_csv, for_latex, for_markdown
 from dnpo.stats.intervals import Estimate
 
 RELATIONS = {"greater": ">", "less": "<", "at_least": "≥", "at_most": "≤"}
-COLUMNS = ("", "claim", "from", "measured", "claimed", "effect (95 %)", "p", "seeds × items", "detectable", "outcome")
+COLUMNS = (
+    *("", "claim", "from", "measured", "claimed", "SESOI", "effect (95 %)", "p (adjusted)", "p negligible (adjusted)"),
+    *("seeds × items", "detectable", "outcome"),
+)
+TEXTS = ("", "claim", "from", "measured")  # the other columns are aligned to the right
+EMPTY_OF_CHECKS = ("SESOI", "p (adjusted)", "p negligible (adjusted)", "detectable")
+BRIEF = ("", "claim", "claimed", "effect (95 %)", "p (adjusted)", "outcome")
+HEADINGS: dict[Role, str] = {"primary": "Primary", "secondary": "Secondary", "check": "Checks"}
 
 
 def as_dict(result: Result) -> dict[str, Any]:
     """A result as plain values; the effect and its interval are in the claim's unit."""
     claim, effect = result.claim, result.effect
     row = claim.model_dump(mode="json")
-    row |= {"outcome": result.outcome, "effect": None, "low": None, "high": None, "p": None, "p_holm": result.p_holm}
-    row |= {"detectable": None, "seeds": 0, "items": None, "by_iteration": {}, "notes": list(result.notes)}
-    row |= {"reason": result.reason}
+    row |= {"outcome": result.outcome, "exploratory": result.exploratory, "effect": None, "low": None, "high": None}
+    row |= {"p": result.p, "p_adjusted": result.p_adjusted, "p_negligible": result.p_negligible}
+    row |= {"p_negligible_adjusted": result.p_negligible_adjusted, "level": result.level}
+    row |= {"detectable": result.detectable, "seeds": 0, "items": None, "by_iteration": {}}
+    row |= {"notes": list(result.notes), "reason": result.reason}
     if effect is not None:
         row |= {
             "effect": effect.estimate.value,
             "low": effect.estimate.low,
             "high": effect.estimate.high,
-            "p": effect.p,
+            "seeds": effect.seeds,
+            "items": effect.items,
         }
-        row |= {"detectable": effect.detectable, "seeds": effect.seeds, "items": effect.items}
         row["by_iteration"] = {k: {"value": e.value, "low": e.low, "high": e.high} for k, e in result.by.items()}
     return row
 
@@ -39,7 +51,7 @@ def as_dict(result: Result) -> dict[str, Any]:
 def as_json(results: Sequence[Result], about: Mapping[str, Any]) -> str:
     """The rule, ``about`` and every result, as JSON."""
     rows = [as_dict(result) for result in results]
-    tree = {"rule": rule(len(results)), **about, "claims": rows}
+    tree = {"rule": rule(_roles(results)), **about, "claims": rows}
     return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -55,30 +67,47 @@ def to_csv(results: Sequence[Result]) -> str:
     return out.getvalue()
 
 
-def lines(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """The cells of the full table, a line for each claim."""
-    return [(str(number), *_line(result)) for number, result in enumerate(results, 1)]
+def lines(results: Sequence[Result]) -> dict[Role, list[tuple[str, ...]]]:
+    """The cells of the full tables, a line for each claim, by role."""
+    numbered = [(result.claim.role, (str(number), *_line(result))) for number, result in enumerate(results, 1)]
+    by_role: dict[Role, list[tuple[str, ...]]] = {role: [line for r, line in numbered if r == role] for role in ROLES}
+    return {role: found for role, found in by_role.items() if found}
+
+
+def columns_of(role: Role, wanted: Sequence[str] = COLUMNS) -> list[str]:
+    """The columns of a role's table, of those that are wanted; checks have no p."""
+    return [name for name in wanted if role != "check" or name not in EMPTY_OF_CHECKS]
+
+
+def _roles(results: Sequence[Result]) -> list[Role]:
+    return [result.claim.role for result in results]
 
 
 def _line(result: Result) -> tuple[str, ...]:
     claim, effect = result.claim, result.effect
     source = f"{claim.paper}, {claim.where}"
+    sesoi = f"{claim.sesoi:g}" if claim.sesoi else ""
     if effect is None:
-        return (claim.text, source, claim.measured, format_claim(claim), "", "", "", "", "not measured")
+        return (claim.text, source, claim.measured, format_claim(claim), sesoi, "", "", "", "", "", result.outcome)
     size = str(effect.seeds) + (f" × {effect.items}" if effect.items is not None else "")
-    detectable = "" if effect.detectable is None else number(effect.detectable, claim.digits)
-    p = "" if result.p_holm is None else p_text(result.p_holm)
+    detectable = "" if result.detectable is None else number(result.detectable, claim.digits)
     return (
         claim.text,
         source,
         claim.measured,
         format_claim(claim),
+        sesoi,
         format_effect(result),
-        p,
+        _format_ps(result.p, result.p_adjusted),
+        _format_ps(result.p_negligible, result.p_negligible_adjusted),
         size,
         detectable,
-        result.outcome,
+        result.outcome + (" (exploratory)" if result.exploratory else ""),
     )
+
+
+def _format_ps(p: float | None, adjusted: float | None) -> str:
+    return "" if p is None or adjusted is None else f"{p_text(p)} ({p_text(adjusted)})"
 
 
 def format_effect(result: Result) -> str:
@@ -139,43 +168,51 @@ def ranges(places: Sequence[int]) -> str:
 
 def caption(results: Sequence[Result], about: str) -> list[str]:
     """The counts of outcomes, the runs that were read, and the rule."""
-    return [f"{count_outcomes([r.outcome for r in results]).capitalize()}. {about}", rule(len(results))]
+    return [f"{count_outcomes([r.outcome for r in results]).capitalize()}. {about}", rule(_roles(results))]
 
 
 def markdown(results: Sequence[Result], about: str) -> str:
-    """The table in GitHub's Markdown, its caption, and the remarks."""
-    rows = [COLUMNS, tuple("---" if c in ("", "claim", "from", "measured") else "---:" for c in COLUMNS)]
-    head = [f"| {' | '.join(row)} |" for row in rows]
-    body = [f"| {' | '.join(for_markdown(cell) for cell in row)} |" for row in lines(results)]
+    """The tables in GitHub's Markdown, their caption, and the remarks."""
+    tables = _markdown_tables(lines(results), COLUMNS)
     items = [f"- {for_markdown(remark)}" for remark in remarks(results)]
-    return (
-        "\n\n".join(["\n".join([*head, *body]), *map(for_markdown, caption(results, about)), "\n".join(items)]) + "\n"
-    )
+    return "\n\n".join([*tables, *map(for_markdown, caption(results, about)), "\n".join(items)]) + "\n"
+
+
+def _markdown_tables(by_role: Mapping[Role, Sequence[tuple[str, ...]]], wanted: Sequence[str]) -> list[str]:
+    tables = []
+    for role, found in by_role.items():
+        columns = columns_of(role, wanted)
+        rows = [columns, ["---" if name in TEXTS else "---:" for name in columns]]
+        rows += [[for_markdown(line[COLUMNS.index(name)]) for name in columns] for line in found]
+        tables += [f"**{HEADINGS[role]}**", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+    return tables
 
 
 def brief(results: Sequence[Result], about: str) -> str:
-    """The table without sources, sizes and remarks, for docs/results.md.
+    """The tables without sources, sizes and remarks, for docs/results.md.
 
     A claim's measure is given only if several claims have the same text.
     """
-    wanted = ("", "claim", "claimed", "effect (95 %)", "p", "outcome")
-    places = [COLUMNS.index(column) for column in wanted]
     often = Counter(result.claim.text for result in results)
-    rows = [wanted, tuple("---" if column in ("", "claim") else "---:" for column in wanted)]
-    for result, line in zip(results, lines(results), strict=True):
-        text = result.claim.text
-        claim = f"{text} ({result.claim.measured})" if often[text] > 1 else text
-        cells = [claim if COLUMNS[place] == "claim" else line[place] for place in places]
-        rows.append(tuple(map(for_markdown, cells)))
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{table}\n\n{for_markdown(caption(results, about)[0])}\n"
+    by_role = {
+        role: [
+            (number, f"{text} ({measured})" if often[text] > 1 else text, source, measured, *rest)
+            for number, text, source, measured, *rest in found
+        ]
+        for role, found in lines(results).items()
+    }
+    return "\n\n".join([*_markdown_tables(by_role, BRIEF), for_markdown(caption(results, about)[0])]) + "\n"
 
 
 def latex(results: Sequence[Result], about: str) -> str:
-    """A LaTeX tabular that needs no package, with its caption and remarks as comments; text columns are wrapped."""
+    """A LaTeX tabular for each role, which needs no package, with caption and remarks as comments; text is wrapped."""
     widths = {"claim": "p{0.24\\textwidth}", "from": "p{0.08\\textwidth}", "measured": "p{0.22\\textwidth}"}
-    kinds = "".join(widths.get(column, "l") for column in COLUMNS)
-    rows = [" & ".join(for_latex(cell) for cell in row) + r" \\" for row in [COLUMNS, *lines(results)]]
-    comments = [f"% {line}" for line in [*caption(results, about), *remarks(results)]]
-    begin, end = f"\\begin{{tabular}}{{{kinds}}}", r"\end{tabular}"
-    return "\n".join([*comments, begin, r"\hline", rows[0], r"\hline", *rows[1:], r"\hline", end, ""])
+    written = [f"% {line}" for line in [*caption(results, about), *remarks(results)]]
+    for role, found in lines(results).items():
+        columns = columns_of(role)
+        kinds = "".join(widths.get(column, "l") for column in columns)
+        cells = [columns, *([line[COLUMNS.index(name)] for name in columns] for line in found)]
+        head, *rows = [" & ".join(map(for_latex, row)) + r" \\" for row in cells]
+        written += [f"% {HEADINGS[role]}", f"\\begin{{tabular}}{{{kinds}}}", r"\hline", head, r"\hline"]
+        written += [*rows, r"\hline", r"\end{tabular}"]
+    return "\n".join([*written, ""])

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from analysis.claims_assess import Result, Tracked, assess
 from analysis.claims_book import FILE, Book, read
+from analysis.claims_registered import Registration, describe, split
 from analysis.claims_rules import Outcome, rule
 from analysis.claims_tables import format_effect
 from analysis.command import alone
@@ -27,8 +28,11 @@ CLAIMS = FILE.with_name("claims_methods.yaml")
 HERE: dict[Outcome, str] = {
     "supported": "holds",
     "contradicted": "does not hold",
+    "negligible": "negligible",
     "undecided": "undecided",
     "not measured": "not measured",
+    "as expected": "as expected",
+    "not as expected": "not as expected",
 }
 PRINTED = {"dnpo": RIVALS[DNPO][-1], "alpha_spin": RIVALS["α-SPIN"][-1], "ppo": RIVALS["PPO"][-1]}
 
@@ -76,8 +80,11 @@ def make(runs: Runs) -> DrawnTable:
         describe_cells(cells, items),
         *(f"{note[0].upper()}{note[1:]}." for note in cells.notes),
     ]
-    found = assess(book := read(CLAIMS), _track(book, cells))
-    notes.append(f"Claims: {rule(len(book.claims))}")
+    objections = split(Registration.of(CLAIMS), cells.used)[1]
+    found = assess(book := read(CLAIMS), _track(book, cells), bool(objections))
+    notes.append(f"Claims: {rule([claim.role for claim in book.claims])}")
+    if objections:
+        notes.append(f"The outcomes of the claims are exploratory: {describe(objections)}.")
     return DrawnTable(_add_claims(table(rows, digits, scale), found), TITLE, "method", notes, cells.used)
 
 

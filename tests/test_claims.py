@@ -6,7 +6,9 @@ import json
 import math
 import re
 import shutil
+import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,18 @@ import yaml
 from analysis import claims, claims_measures, claims_tables
 from analysis.claims_assess import Tracked, in_force, list_needed_policies
 from analysis.claims_book import FILE, Sweep, Term, read, terms
-from analysis.claims_rules import Region, Sample, decide, estimate_effect, p_against, region
+from analysis.claims_registered import Registration, describe, split
+from analysis.claims_rules import Effect, Region, Role, Sample, check, correct, decide, estimate_effect, region
 from analysis.selection import refuse_unlike
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from scipy import stats
 
 from dnpo.commands.train import check_settings
 from dnpo.errors import DataError, SettingsError
+from dnpo.report import content as report
 from dnpo.running import execute as running
 from dnpo.settings import conf_folder, flat
 from dnpo.stats.intervals import Estimate, Mean
@@ -130,6 +135,23 @@ def test_curves_do_not_mirror_each_other_once_a_common_trend_is_removed() -> Non
         claims_measures.correlation(series(a=[1.0, 1.0, 1.0], b=[1.0, 2.0, 3.0]), "a", "b")
 
 
+def test_the_ragged_last_step_counts_by_its_rows() -> None:
+    """A step of 8 rows counts an eighth of one of 64, as if its rows were repeated."""
+    rng = np.random.default_rng(3)
+    x, y, rows = rng.normal(size=8), rng.normal(size=8), [64, 64, 64, 8] * 2
+    steps = series(a=list(x), b=list(y), rows=[float(n) for n in rows])
+    repeated = [np.repeat(values, rows) for values in (x, y, np.arange(8.0))]
+    line = np.polyfit(repeated[2], repeated[0], 1), np.polyfit(repeated[2], repeated[1], 1)
+    off = [values - np.polyval(fit, repeated[2]) for values, fit in zip(repeated[:2], line, strict=True)]
+    assert claims_measures.correlation(steps, "a", "b") == pytest.approx(np.corrcoef(*repeated[:2])[0, 1])
+    assert claims_measures.correlation(steps, "a", "b", detrended=True) == pytest.approx(np.corrcoef(*off)[0, 1])
+    ends = [np.repeat(x[part], rows[:4]) for part in (slice(0, 4), slice(4, 8))]
+    assert claims_measures.change_over_epochs(steps, "a", epochs=2) == pytest.approx(ends[1].mean() - ends[0].mean())
+    slopes = [np.polyfit(np.repeat(range(4), rows[:4]), epoch, 1)[0] for epoch in ends]
+    assert claims_measures.rise_within_epochs(steps, "a", epochs=2) == pytest.approx(3 * np.mean(slopes))
+    assert claims_measures.share_of_steps(steps, "a", below=0.0) == pytest.approx((repeated[0] < 0).mean())
+
+
 def test_epochs_rise_within_and_fall_between() -> None:
     steps = series(loss=[6.0, 7.0, 8.0, 3.0, 3.5, 4.0])
     assert claims_measures.rise_within_epochs(steps, "loss", epochs=2) == pytest.approx((2.0 + 1.0) / 2)
@@ -163,59 +185,110 @@ def test_epochs_rise_within_and_fall_between() -> None:
 )
 def test_the_interval_decides(relation: Any, interval: tuple[float, float], outcome: str) -> None:
     where = region(relation, 0.0, 0.0 if relation in ("greater", "less") else 1.0)
-    effect = Estimate(sum(interval) / 2, *interval)
-    assert decide(effect, where, p_holm=0.04, seeds=5) == outcome
-    assert decide(effect, where, p_holm=0.06, seeds=5) == "undecided"
-    assert decide(effect, where, p_holm=0.04, seeds=2) == "undecided"
-    assert decide(Estimate(effect.value), where, p_holm=0.04, seeds=5) == "undecided"
+    estimate = Estimate(sum(interval) / 2, *interval)
+    effect = Effect(estimate, None, 5, None)
+    assert decide(effect, where, None, p=0.04, p_negligible=1.0) == outcome
+    assert decide(effect, where, None, p=0.06, p_negligible=1.0) == "undecided"
+    assert decide(replace(effect, seeds=2), where, None, p=0.04, p_negligible=1.0) == "undecided"
+    assert decide(replace(effect, estimate=Estimate(0.0)), where, None, p=0.04, p_negligible=1.0) == "undecided"
+    assert check(effect, where) == ("as expected" if outcome == "supported" else "not as expected")
 
 
-def test_p_is_computed_for_the_nearer_bound() -> None:
-    mean = Mean(0.5, 0.2, 4)
-    assert p_against(mean, Region(0, math.inf)) == pytest.approx(mean.p())
+@pytest.mark.parametrize(
+    ("interval", "outcome"),
+    [((0.1, 0.9), "negligible"), ((-0.9, -0.1), "negligible"), ((0.1, 1.1), "supported"), ((-0.9, 1.1), "undecided")],
+)
+def test_what_is_smaller_than_of_interest_is_negligible_even_if_it_is_not_zero(
+    interval: tuple[float, float], outcome: str
+) -> None:
+    effect, where, band = Effect(Estimate(0.0, *interval), None, 5, None), region("greater", 0, 0), Region(-1, 1)
+    assert decide(effect, where, band, p=0.04, p_negligible=0.04) == outcome
+    assert decide(effect, where, band, p=0.06, p_negligible=0.06) == "undecided"
+    assert decide(replace(effect, seeds=2), where, band, p=0.04, p_negligible=0.04) == "undecided"
+
+
+def test_p_is_that_of_the_nearer_bound() -> None:
+    def p(value: float, where: Region) -> float:
+        return Effect(Estimate(value), Mean(value, 0.2, 4), 5, None).p(where)
+
+    t = stats.t(4)
+    assert p(0.5, Region(0, math.inf)) == pytest.approx(2 * t.sf(2.5))
     # 0.5 is 0.5 from the bound at 1 and 1.5 from that at -1.
-    assert p_against(mean, Region(-1, 1)) == pytest.approx(mean.p())
-    assert p_against(Mean(3.0, 0.2, 4), Region(-1, 1)) == pytest.approx(Mean(2.0, 0.2, 4).p())
+    assert p(0.5, Region(-1, 1)) == pytest.approx(2 * t.sf(2.5))
+    assert p(3.0, Region(-1, 1)) == pytest.approx(2 * t.sf(10))
+    assert Effect(Estimate(0.5), None, 5, None).p(Region(0, math.inf)) == 1.0
 
 
-def test_one_number_per_seed_gets_the_t_interval_over_seeds() -> None:
-    found = estimate_effect(
-        Sample(np.array([[1.0], [2.0], [3.0]]), np.zeros((3, 1)), by_item=False), region("greater", 0, 0)
-    )
+def test_two_one_sided_tests_by_scipy() -> None:
+    """The larger of the one-sided p, doubled: the 95 % interval lies within the bounds exactly if it is ≤ 0.05."""
+    x = np.random.default_rng(0).normal(0.2, 1, 40)
+    effect = estimate_effect(Sample(x[None], np.zeros((1, 40)), by_item=True))
+    for sesoi in (0.3, 0.5, 0.8):
+        low = stats.ttest_1samp(x, -sesoi, alternative="greater").pvalue
+        high = stats.ttest_1samp(x, sesoi, alternative="less").pvalue
+        found = effect.p(Region(-sesoi, sesoi))
+        assert found == pytest.approx(2 * max(low, high) if max(low, high) < 0.5 else found)
+        assert (found <= 0.05 and abs(effect.estimate.value) < sesoi) == Region(-sesoi, sesoi).includes(effect.estimate)
+
+
+def test_a_number_a_seed_has_the_t_interval_over_seeds() -> None:
+    found = estimate_effect(Sample(np.array([[1.0], [2.0], [3.0]]), np.zeros((3, 1)), by_item=False))
     assert (found.estimate.value, found.seeds, found.items) == (2.0, 3, None)
     # t of 2 degrees of freedom is 4.303 at 97.5 %, its p in closed form 1 − t/√(t² + 2).
     t = 2.0 / (1 / math.sqrt(3))
     assert found.estimate.low == pytest.approx(2 - 4.302653 / math.sqrt(3), abs=1e-5)
-    assert found.p == pytest.approx(1 - t / math.sqrt(t**2 + 2))
-    assert found.detectable == pytest.approx((4.302653 + 1.060660) / math.sqrt(3), abs=1e-4)
+    assert found.p(region("greater", 0, 0)) == pytest.approx(1 - t / math.sqrt(t**2 + 2))
+    least = found.detectable(0.05)
+    assert least is not None
+    assert stats.nct.sf(4.302653, 2, least * math.sqrt(3)) == pytest.approx(0.8, abs=1e-4)
+    assert found.detectable(0.05 / 4) > 1.5 * least  # type: ignore[operator]
 
 
 def test_items_and_seeds_are_both_drawn() -> None:
-    """The standard error of a difference over items and seeds, by Clark's formula."""
+    """The standard error of a difference over items and seeds, by three mean squares; p agrees with the interval."""
     rng = np.random.default_rng(2)
     a, b = rng.normal(1, 1, (4, 30)), rng.normal(0, 1, (4, 30))
-    found = estimate_effect(Sample(a, b, by_item=True), region("greater", 0, 0))
+    found = estimate_effect(Sample(a, b, by_item=True))
     difference = a - b
     items, seeds = difference.mean(0), difference.mean(1)
-    error = math.sqrt(items.var(ddof=1) / 30 + seeds.var(ddof=1) / 4)
-    assert found.estimate.half is not None
-    assert 1.96 * error < found.estimate.half < 3.2 * error
+    residuals = difference - items - seeds[:, None] + difference.mean()
+    error = math.sqrt(items.var(ddof=1) / 30 + seeds.var(ddof=1) / 4 - (residuals**2).sum() / (3 * 29) / 120)
+    assert isinstance(found.model, Mean)
+    assert found.model.error == pytest.approx(error)
     assert found.estimate.value == pytest.approx(difference.mean())
     assert (found.seeds, found.items) == (4, 30)
-    # p and interval agree, on both sides of either end.
     assert found.estimate.low is not None
     for target, outside in ((found.estimate.low - 0.01, True), (found.estimate.low + 0.01, False)):
-        p = estimate_effect(Sample(a, b, by_item=True), region("greater", target, 0)).p
-        assert (p < 0.05) == outside
+        assert (found.p(region("greater", target, 0)) < 0.05) == outside
+
+
+def test_where_nothing_varies_units_have_an_exact_bound_and_numbers_have_none() -> None:
+    """Identical arms: 2,400 answers without a difference show that it is negligible, never that there is one."""
+    same = np.random.default_rng(0).integers(0, 2, (5, 480)) * 100.0
+    found = estimate_effect(Sample(same, same.copy(), True, ends=(-100.0, 100.0)))
+    assert found.p(Region(-1, 1)) == pytest.approx(0.99**2400)
+    assert found.p(region("greater", 0, 0)) == 1.0
+    assert decide(found, region("greater", 0, 0), Region(-1, 1), 1.0, 4 * found.p(Region(-1, 1))) == "negligible"
+    assert "nothing varies: exact interval, from 2,400 units" in found.notes[0]
+    for relation in ("greater", "less"):
+        assert decide(found, region(relation, 0, 0), Region(-1, 1), 1.0, 1.0) == "undecided"  # type: ignore[arg-type]
+    never = np.zeros((5, 1))  # the share of 3 × 57 steps a seed that are saturated
+    found = estimate_effect(Sample(never, never, False, ends=(0.0, 100.0), units=5 * 3 * 57))
+    assert found.estimate.high == pytest.approx(100 * (1 - 0.05 ** (1 / 855)))
+    assert found.p(region("greater", 50, 0)) < 1e-9
+    assert decide(found, region("greater", 50, 0), Region(45, 55), 0.01, 1.0) == "contradicted"
+    found = estimate_effect(Sample(never, never, False))
+    assert (found.estimate, found.model, found.p(Region(-1, 1))) == (Estimate(0.0), None, 1.0)
+    assert found.notes == ("nothing varies, so there is no interval",)
 
 
 def test_prompts_without_a_result_are_left_out_and_reported() -> None:
     a = np.array([[1.0, math.nan, 2.0], [2.0, 1.0, 4.0]])
-    found = estimate_effect(Sample(a, np.zeros((2, 3)), by_item=True), region("greater", 0, 0))
+    found = estimate_effect(Sample(a, np.zeros((2, 3)), by_item=True))
     assert (found.items, found.estimate.value) == (2, 2.25)
     assert found.notes == ("1 of 3 prompts lack a result and were left out",)
     with pytest.raises(DataError, match="no prompt has a result"):
-        estimate_effect(Sample(np.full((2, 3), math.nan), np.zeros((2, 3)), by_item=True), region("greater", 0, 0))
+        estimate_effect(Sample(np.full((2, 3), math.nan), np.zeros((2, 3)), by_item=True))
 
 
 # --- the file of claims
@@ -224,7 +297,11 @@ def test_prompts_without_a_result_are_left_out_and_reported() -> None:
 def test_the_file_of_claims_is_well_formed() -> None:
     book = read(FILE)
     assert len(book.claims) == len({claim.id for claim in book.claims}) >= 30
-    assert {claim.paper for claim in book.claims} == {"DNPO", "SPIN", "ours"}
+    assert {claim.paper for claim in book.claims} == {"DNPO", "SPIN", "SPA", "robust", "OSP", "SAPO", "ours"}
+    assert book.seeds == tuple(range(5, 17))
+    primary = {(claim.a.split("@")[0], claim.b.split("@")[0]) for claim in book.by_role("primary")}
+    assert primary == {("dsl", "spin"), ("dnpo", "spin"), ("npo", "spin"), ("npo", "constant")}
+    assert all(claim.sesoi == 1 and claim.arguments["column"] == "right" for claim in book.by_role("primary"))
     assert set(book.sweeps) == {claim.sweep for claim in book.claims}
     for name in book.sweeps:
         assert (ROOT / "sweeps" / f"{name}.yaml").is_file()
@@ -287,7 +364,7 @@ def test_the_commands_of_live_methods_make_every_run_that_their_claims_need() ->
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sweep", ["main", "ablation", "fixed_vs_trainable", "saturation"])
+@pytest.mark.parametrize("sweep", read(FILE).sweeps)
 def test_every_claim_finds_all_that_it_needs_in_its_sweep(sweep: str) -> None:
     book = read(FILE)
     wanted = [claim for claim in book.claims if claim.sweep == sweep]
@@ -305,6 +382,7 @@ def test_every_claim_finds_all_that_it_needs_in_its_sweep(sweep: str) -> None:
 
 CLAIM = {
     "id": "one",
+    "role": "secondary",
     "paper": "DNPO",
     "where": "Figure 1",
     "text": "It is better.",
@@ -314,14 +392,17 @@ CLAIM = {
     "a": "new@1",
     "b": "old@1",
     "relation": "greater",
+    "sesoi": 1.0,
     "unit": "points",
 }
+CONTROL = {**CLAIM, "id": "control"}
 ARMS = {"old": {"npo": "off"}, "new": {"npo": "trainable"}}
 
 
 def write_claims(path: Path, *given: Mapping[str, Any], sweeps: Mapping[str, Any] | None = None) -> Path:
-    tree = {"scale": "a test", "sweeps": sweeps or {"main": None}, "arms": ARMS}
-    path.write_text(yaml.safe_dump({**tree, "claims": [{**CLAIM, **one} for one in given]}, allow_unicode=True))
+    tree = {"scale": "a test", "seeds": [0, 1, 2, 3], "sweeps": sweeps or {"main": None}, "arms": ARMS}
+    filled = [{**CLAIM, **({"sesoi": 0.0} if one.get("relation") == "within" else {}), **one} for one in given]
+    path.write_text(yaml.safe_dump({**tree, "claims": filled}, allow_unicode=True))
     return path
 
 
@@ -341,17 +422,39 @@ def write_claims(path: Path, *given: Mapping[str, Any], sweeps: Mapping[str, Any
         ({"direction": "up"}, "claim one: .*direction"),
         ({"measure": "duels", "a": "new@1,2"}, "duels compares one arm with one other, each at the same number"),
         ({"premise": {"runs": "older", "metric": "m", "least": 1}}, "arm older is not among"),
+        ({"role": "main"}, "claim one: .*role"),
+        ({"sesoi": 0.0}, "needs a smallest effect of interest"),
+        ({"relation": "within", "margin": 1.0, "sesoi": 1.0}, "only within takes none"),
+        ({"role": "check"}, "a check takes no sesoi"),
+        ({"role": "primary"}, "by right answers or by a second judge"),
+        ({"after": "two"}, "after: there is no claim two before it"),
+        ({"after": "one"}, "after: there is no claim one before it"),
+        ({"relation": "at_least", "margin": 0.5}, "need a positive control"),
+        ({"control": "control"}, "other relations take none"),
+        ({"relation": "at_least", "margin": 1.0, "control": "control"}, "must be below the smallest effect"),
+        (
+            {"relation": "at_least", "margin": 0.5, "control": "control", "arguments": {"column": "right"}},
+            "control control has another arguments",
+        ),
     ],
 )
 def test_errors_in_a_claim_are_reported(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=f"(?s){message}"):
-        read(write_claims(tmp_path / "claims.yaml", wrong))
+        read(write_claims(tmp_path / "claims.yaml", CONTROL, wrong))
+
+
+@pytest.mark.parametrize("seeds", [None, [], ["5"], [-1], [True]])
+def test_a_file_fixes_its_seeds(tmp_path: Path, seeds: Any) -> None:
+    path = write_claims(tmp_path / "claims.yaml", {})
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "seeds": seeds}))
+    with pytest.raises(SettingsError, match=r"seeds: expected a list of whole numbers"):
+        read(path)
 
 
 def test_a_repeated_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"\bid one\b"):
         read(write_claims(tmp_path / "claims.yaml", {}, {}))
-    with pytest.raises(SettingsError, match="scale, sweeps, arms and claims"):
+    with pytest.raises(SettingsError, match="scale, seeds, sweeps, arms and claims"):
         read(FILE.parent / "sweeps" / "main.yaml")
     with pytest.raises(SettingsError, match="cannot be read"):
         read(tmp_path / "none.yaml")
@@ -377,12 +480,19 @@ def track(
     status: str = "FINISHED",
     beta: float = 0.1,
     start: int = 1,
+    commit: str = "",
+    reused: str = "",
 ) -> None:
-    """One run as the loop leaves it: arm ``new`` is 10 points better from ``start`` on, and right in one half more."""
+    """One run as the loop leaves it: arm ``new`` is 10 points better from ``start`` on, and right in one half more.
+
+    Args:
+        commit: the version that made it.
+        reused: the version that made its stage ``iteration 0 · optimise``, if another one did.
+    """
     tracking = MLflowTracking(uri=f"sqlite:///{folder / 'mlflow.db'}", artifacts=str(folder / "artifacts"))
     npo = {"old": "off", "new": "trainable"}[arm]
     tags = {"dnpo.kind": "run", "dnpo.seed": str(seed), "dnpo.npo": npo, "dnpo.dsl": "off", "dnpo.sweep_name": "main"}
-    tags |= {"dnpo.scale": "smoke"}
+    tags |= {"dnpo.scale": "smoke"} | ({"dnpo.commit": commit} if commit else {})
     sweep = folder / "multirun"
     sweep.mkdir(exist_ok=True)
     params = {"seed": seed, "iterations": iterations, "npo.start": start, "dsl.start": 0, "objective.beta": beta}
@@ -408,7 +518,11 @@ def track(
         saturated = 0.9 if seed else 0.1
         table.append({"iteration": k, "margin/saturated": saturated, "ks": 0.1 + 0.01 * seed + 0.5 * acts, "flat": 1.0})
     path = scratch / "summary.json"
-    path.write_text(json.dumps({"table": table}))
+    made_by = [
+        {"commit": commit, "stages": ["prompts", "iteration 1 · optimise"]},
+        {"commit": reused or commit, "stages": ["iteration 0 · optimise"]},
+    ]
+    path.write_text(json.dumps({"table": table, "made_by": made_by}))
     if status == "FINISHED":
         tracking.artifact(path)
     tracking.finish(status)  # type: ignore[arg-type]
@@ -438,7 +552,8 @@ def outcomes(
     """Run the command on some claims; the rows of its JSON by id."""
     path = write_claims(tmp_path / "claims.yaml", *given)
     out = tmp_path / "out"
-    assert claims.main(["--claims", str(path), "--uri", uri, "--out", str(out), "--no-log", *arguments]) == status
+    command = ["--claims", str(path), "--uri", uri, "--out", str(out), "--no-log", "--exploratory", *arguments]
+    assert claims.main(command) == status
     return {row["id"]: row for row in json.loads((out / "claims.json").read_text())["claims"]}
 
 
@@ -448,7 +563,13 @@ def test_outcomes_are_right_on_known_numbers(tmp_path: Path, database: str) -> N
         database,
         {"id": "better"},
         {"id": "worse", "relation": "less"},
-        {"id": "no-worse", "relation": "at_least", "margin": 1.0},
+        {"id": "no-worse", "relation": "at_least", "margin": 0.5, "control": "better"},
+        {"id": "without-control", "relation": "at_least", "margin": 0.5, "control": "worse"},
+        {"id": "behind", "after": "worse"},
+        {"id": "in-front", "after": "better"},
+        {"id": "checked", "role": "check", "sesoi": 0.0},
+        {"id": "checked-worse", "role": "check", "sesoi": 0.0, "relation": "less"},
+        {"id": "identical", "a": "old@1"},
         {"id": "by-ten", "relation": "within", "target": 10.0, "margin": 1.0},
         {"id": "by-twenty", "relation": "within", "target": 20.0, "margin": 1.0},
         {"id": "same-before", "a": "old@0", "b": "old@SFT"},
@@ -463,12 +584,18 @@ def test_outcomes_are_right_on_known_numbers(tmp_path: Path, database: str) -> N
         "better": "supported",
         "worse": "contradicted",
         "no-worse": "supported",
+        "without-control": "undecided",
+        "behind": "undecided",
+        "in-front": "supported",
+        "checked": "as expected",
+        "checked-worse": "not as expected",
+        "identical": "undecided",
         "by-ten": "supported",
         "by-twenty": "contradicted",
-        "same-before": "undecided",
+        "same-before": "negligible",
         "wins": "supported",
         "as-good": "supported",
-        "number": "supported",
+        "number": "undecided",
         "contrast": "supported",
         "second": "not measured",
         "later": "not measured",
@@ -477,10 +604,18 @@ def test_outcomes_are_right_on_known_numbers(tmp_path: Path, database: str) -> N
     assert better["effect"] == pytest.approx(10.0, abs=0.6)
     assert better["low"] <= 10.0 <= better["high"]
     assert (better["seeds"], better["items"]) == (3, PROMPTS)
-    assert better["p_holm"] >= better["p"]
+    assert better["p_adjusted"] >= better["p"]
+    assert better["exploratory"] is True
+    assert "its positive control worse is contradicted" in str(found["without-control"]["notes"])
+    assert "its gate worse is contradicted" in str(found["behind"]["notes"])
+    assert (found["checked"]["p_adjusted"], found["checked"]["effect"]) == (None, better["effect"])
+    # 4 × 40 answers of one point of 100 leave more open than one point
+    assert (found["identical"]["effect"], found["identical"]["p"]) == (0.0, 1.0)
+    assert found["identical"]["high"] == pytest.approx(100 * (1 - 0.05 ** (1 / 160)))
     assert any("seed 3 is left out: it has no finished new@1" in note for note in better["notes"])
     assert found["contrast"]["effect"] == pytest.approx(10.0, abs=0.6)
     assert found["number"]["effect"] == pytest.approx(0.5)
+    assert "nothing varies, so there is no interval" in found["number"]["notes"]  # three equal numbers prove nothing
     assert found["number"]["items"] is None
     assert "no sample response has a value of second" in found["second"]["reason"]
     assert "seed 0 has no finished new@2, old@2" in found["later"]["reason"]
@@ -516,16 +651,29 @@ def test_claims_are_decided_over_items(tmp_path: Path, database: str) -> None:
     assert found["as-good"]["effect"] == pytest.approx(np.mean(good))
 
 
-def test_holm_corrects_over_all_claims_of_the_file_even_unmeasured_ones(tmp_path: Path, database: str) -> None:
-    alone = outcomes(
-        tmp_path, database, {"id": "number", "measure": "metric", "arguments": {"name": "ks"}, "b": "old@0"}
-    )
+def test_the_correction_is_over_all_claims_of_a_role_also_those_not_measured(tmp_path: Path, database: str) -> None:
+    number = {"id": "number", "a": "old@0", "b": "old@SFT"}
+    alone = outcomes(tmp_path, database, number)
     many = [{"id": f"absent-{n}", "a": "new@2"} for n in range(9)]
-    beside = outcomes(
-        tmp_path, database, {"id": "number", "measure": "metric", "arguments": {"name": "ks"}, "b": "old@0"}, *many
-    )
-    assert beside["number"]["p"] == alone["number"]["p"]
-    assert beside["number"]["p_holm"] == pytest.approx(min(1.0, 10 * alone["number"]["p"]))
+    checks: list[dict[str, Any]] = [{"id": f"check-{n}", "role": "check", "sesoi": 0.0} for n in range(3)]
+    right = {"arguments": {"column": "right", "kind": "human"}, "role": "primary"}
+    others = outcomes(tmp_path, database, number, *many, *checks, {"id": "first", **right})
+    assert others["number"]["p"] == alone["number"]["p"]
+    for name in ("p", "p_negligible"):
+        raw = alone["number"][name]
+        assert others["number"][f"{name}_adjusted"] == pytest.approx(min(1.0, 10 * raw))
+        assert others["first"][f"{name}_adjusted"] == others["first"][name]
+    assert (alone["number"]["level"], others["number"]["level"]) == (0.05, pytest.approx(0.005))
+    assert others["number"]["detectable"] > alone["number"]["detectable"]
+
+
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+def test_each_role_has_its_correction(role: Role) -> None:
+    from dnpo.stats.significance import benjamini_hochberg, holm
+
+    ps = [0.001, 0.02, 0.03, 0.04, 0.9]
+    assert correct(ps, role) == {"primary": holm, "secondary": benjamini_hochberg}[role](ps)
+    assert correct(ps, "check") == ps
 
 
 def test_the_effect_is_also_given_by_iteration(tmp_path: Path, database: str) -> None:
@@ -538,7 +686,7 @@ def test_one_seed_supports_nothing(tmp_path: Path, database: str) -> None:
     found = outcomes(tmp_path, database, {}, arguments=("--seeds", "1"))["one"]
     assert (found["outcome"], found["seeds"], found["items"]) == ("undecided", 1, PROMPTS)
     assert found["low"] > 0
-    assert found["p_holm"] < 0.05
+    assert found["p_adjusted"] < 0.05
     assert "one seed: the variation between trainings is unknown" in found["notes"]
 
 
@@ -582,8 +730,8 @@ def test_the_newest_run_counts_and_a_part_that_has_not_started_makes_no_arm() ->
     assert tracked.policy("main", "old", 0, 1) is None
 
 
-def test_nothing_to_read_is_reported(tmp_path: Path, database: str, capsys: pytest.CaptureFixture[str]) -> None:
-    out = ["--out", str(tmp_path / "out")]
+def test_nothing_to_read_is_said(tmp_path: Path, database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "out"), "--exploratory"]
     assert claims.main(["--uri", f"sqlite:///{tmp_path / 'none.db'}", *out]) == 1
     assert "there is no such database" in (said := capsys.readouterr().err)
     assert "python -m analysis.claims run=true" in said
@@ -604,23 +752,25 @@ def test_all_formats_agree_and_are_logged(known: Path, tmp_path: Path) -> None:
     given = {"text": "10 % of A|B_c < d & so.", "caveat": "mind 5 % & more"}
     path = write_claims(tmp_path / "claims.yaml", given, {"id": "two", "a": "new@2"})
     out = tmp_path / "out"
-    assert claims.main(["--claims", str(path), "--uri", uri, "--out", str(out)]) == 0
+    assert claims.main(["--claims", str(path), "--uri", uri, "--out", str(out), "--exploratory"]) == 0
     brief = (out / claims.BRIEF).read_text()
     assert r"| 1 | 10 % of A\|B\_c &lt; d &amp; so. | > 0 | +" in brief
-    assert "| supported |" in brief
+    assert "| supported (exploratory) |" in brief
     texts = {p.suffix: p.read_text() for p in out.iterdir() if p.name != claims.BRIEF}
     assert set(texts) == {".md", ".csv", ".json", ".tex"}
     assert r"10 % of A\|B\_c &lt; d &amp; so." in texts[".md"]
     assert re.search(r"\+(9|10)\.\d \(\+9\.\d to \+10\.\d\) points", texts[".md"])
-    assert texts[".md"].splitlines()[2].count(" | ") == texts[".md"].splitlines()[0].count(" | ")
+    assert texts[".md"].splitlines()[4].count(" | ") == texts[".md"].splitlines()[2].count(" | ")
     assert r"10 \% of A$|$B\_c $<$ d \& so." in texts[".tex"]
     assert texts[".csv"].count("supported") >= 1
-    assert "1 supported, 0 contradicted, 0 undecided, 1 not measured" in texts[".md"]
-    assert "all 2 claims" in texts[".md"]
+    assert "1 supported, 0 contradicted, 0 negligible, 0 undecided, 1 not measured" in texts[".md"]
+    assert "Benjamini and Hochberg's over 2 secondary claims" in texts[".md"]
+    assert texts[".md"].startswith("**Secondary**")
     assert "main (7 runs of seeds 0, 1, 2, 3, 1 unfinished); all with scale=smoke," in texts[".md"]
     database = Database(uri)
     (logged,) = [run for run in database._all if run.tags.get("dnpo.kind") == "claims"]
     assert logged.finished
+    assert logged.tags["dnpo.exploratory"] == "true"
     for name, text in texts.items():
         kept = logged.artifact(f"claims{name}")
         assert kept is not None
@@ -630,6 +780,7 @@ def test_all_formats_agree_and_are_logged(known: Path, tmp_path: Path) -> None:
     beside = parent.artifact("analysis/claims.json")
     assert beside is not None
     assert beside.read_text() == texts[".json"]
+    assert all(set(report.CLAIM) <= row.keys() for row in json.loads(texts[".json"])["claims"])  # what the report shows
     assert len(database.runs()) == 8  # the logged results are no training run
 
 
@@ -652,6 +803,96 @@ def test_numbers_are_written_as_people_read_them() -> None:
     assert claims_tables.ranges([1, 3, 4, 5, 9]) == "1, 3-5, 9"
 
 
+# --- claims before runs
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=Test", "-c", "user.email=test@example.org"]
+    command = ["git", *identity, *arguments]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def commit(folder: Path) -> str:
+    for path in folder.glob("*.yaml"):
+        git(folder, "add", path.name)
+    git(folder, "commit", "--allow-empty", "-m", "A version")
+    return git(folder, "rev-parse", "HEAD")
+
+
+def test_only_runs_made_after_the_claims_test_them(
+    migrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    git(tmp_path, "init", "-q")
+    before = commit(tmp_path)
+    path = write_claims(tmp_path / "claims.yaml", {})
+    command = ["--claims", str(path), "--uri", f"sqlite:///{tmp_path / 'mlflow.db'}", "--out", str(tmp_path / "out")]
+    command += ["--no-log"]
+    for arm in ("old", "new"):
+        track(tmp_path, arm, 0, commit=before)
+    assert claims.main(command) == 1
+    assert "claims.yaml is not committed" in capsys.readouterr().err
+    registered = commit(tmp_path)
+    assert claims.main(command) == 1
+    said = capsys.readouterr().out
+    assert f"2 runs: commit {before[:9]}, which made it, is older than claims.yaml of commit {registered[:9]}" in said
+    assert "exploratory=true shows them" in said
+
+    for seed in (1, 2, 3):
+        for arm in ("old", "new"):
+            track(tmp_path, arm, seed, commit=registered)
+    track(tmp_path, "new", 4, commit=commit(tmp_path))  # a seed that the file does not fix
+    assert claims.main(command) == 0
+    (row,) = json.loads((tmp_path / "out" / "claims.json").read_text())["claims"]
+    assert (row["outcome"], row["seeds"], row["exploratory"]) == ("supported", 3, False)
+    assert "3 of the 4 seeds fixed beforehand" in row["notes"]
+    text = (tmp_path / "out" / "claims.md").read_text()
+    assert f"Claims: claims.yaml of commit {registered[:9]}" in text
+    assert "left out: 2 runs: commit" in text
+    assert "exploratory" not in text
+
+    assert claims.main([*command, "--seeds", "3,4"]) == 1
+    assert "claims.yaml fixes seeds 0-3, without 4; exploratory=true" in capsys.readouterr().err
+    path.write_text(path.read_text() + "# changed after the runs\n")
+    assert claims.main(command) == 1
+    assert "claims.yaml has changes that are not committed" in capsys.readouterr().err
+    commit(tmp_path)
+    assert claims.main(command) == 1
+    assert f"6 runs: commit {registered[:9]}, which made it, is older than" in capsys.readouterr().out
+    assert claims.main([*command, "--exploratory"]) == 0
+    (row,) = json.loads((tmp_path / "out" / "claims.json").read_text())["claims"]
+    assert (row["outcome"], row["seeds"], row["exploratory"]) == ("supported", 4, True)
+
+
+def test_what_was_computed_before_the_claims_does_not_test_them(migrated: Path, tmp_path: Path) -> None:
+    """Stages that a run takes from the store count as what they are, and an unknown origin is no proof."""
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    git(tmp_path, "init", "-q")
+    before = commit(tmp_path)
+    path = write_claims(tmp_path / "claims.yaml", {})
+    after = commit(tmp_path)
+    for arm, more in (
+        ("old", {"commit": after}),
+        ("new", {"commit": after, "reused": before}),
+        ("new", {"commit": f"{after}+"}),
+        ("new", {"commit": "0" * 40}),
+        ("new", {}),
+    ):
+        track(tmp_path, arm, 0, **more)  # type: ignore[arg-type]
+    runs = Database(f"sqlite:///{tmp_path / 'mlflow.db'}").runs()
+    registration = Registration.of(path)
+    kept, objections = split(registration, runs)
+    assert [run.tags["dnpo.commit"].rstrip("+") for run in kept] == [after, after]
+    assert sorted(objections.values()) == [1, 1, 1]
+    text = describe(objections)
+    assert f"1 run: commit {before[:9]}, which made it, is older than claims.yaml of commit {after[:9]}" in text
+    assert "this repository does not know the commit 000000000 that made it" in text
+    assert "it was made outside a git repository" in text
+    assert registration.objection(replace(runs[0], tags={}, artifacts="file:///nowhere")) == (
+        "it is not known which commit made it"
+    )
+
+
 # --- running what is missing
 
 
@@ -663,7 +904,7 @@ def test_only_missing_seeds_are_run(tmp_path: Path, database: str) -> None:
         }
     }
     book = read(write_claims(tmp_path / "claims.yaml", {}, sweeps=sweeps))
-    more = ["--jobs", "1", "--override", "eval=smoke", "--override", "scale=smoke"]
+    more = ["--jobs", "1", "--override", "eval=smoke", "--override", "scale=smoke", "--exploratory"]
     options = claims.parser().parse_args(["--uri", database, *more])
     seeds = claims.missing_seeds(book, "main", options, {}, [0, 1, 2, 3, 4])
     assert seeds == [3, 4]
@@ -691,7 +932,9 @@ def test_a_failed_sweep_is_reported_and_existing_runs_are_evaluated(
     assert "+sweep=main seed=4 " in said.out
     assert re.search("sweep main: failed after .* see .*main.log", said.err)
     assert "no.such.setting" in (tmp_path / "out" / "main.log").read_text()
-    assert claims.main(["--run", "--jobs", "0", "--uri", database, "--out", str(tmp_path / "out")]) == 1
+    assert (
+        claims.main(["--run", "--jobs", "0", "--uri", database, "--out", str(tmp_path / "out"), "--exploratory"]) == 1
+    )
     assert "jobs=0: " in capsys.readouterr().err
 
 
@@ -716,7 +959,7 @@ def test_one_command_runs_the_sweep_and_prints_the_outcome(
         },
         sweeps={"main": {"overrides": ["judge@second_judge=correct"]}},
     )
-    command = ["--claims", str(path), "--run", "--seeds", "0", "--jobs", "1"]
+    command = ["--claims", str(path), "--run", "--seeds", "0", "--jobs", "1", "--exploratory"]
     for setting in (*TINY, "scale=smoke", "iterations=1", "acts_from=0", "dsl=off", "method=spin,npo"):
         command += ["--override", setting]
     monkeypatch.chdir(tmp_path)

@@ -11,10 +11,20 @@ import pytest
 from scipy import stats
 
 from dnpo.errors import DataError
-from dnpo.stats.intervals import Array, Estimate, Mean, bootstrap, estimate_mean, percentiles
+from dnpo.stats.intervals import (
+    Array,
+    Estimate,
+    Mean,
+    Unvaried,
+    bootstrap,
+    estimate_components,
+    estimate_mean,
+    percentiles,
+)
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.sampling import majority, pass_at_k
 from dnpo.stats.significance import (
+    benjamini_hochberg,
     cohens_dz,
     cohens_g,
     holm,
@@ -142,10 +152,19 @@ def test_holm_equals_closed_testing_with_bonferroni() -> None:
         assert adjusted == pytest.approx(max(min(len(s) * min(ps[j] for j in s), 1.0) for s in sets))
 
 
+def test_benjamini_and_hochberg_by_hand_and_by_scipy() -> None:
+    """0.005·4/1, 0.01·4/2, 0.03·4/3 lowered to the value after it, 0.04; in the given order."""
+    assert benjamini_hochberg([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.02, 0.04, 0.04, 0.02])
+    ps = [*RNG(4).uniform(0, 0.3, 20), 1.0, 1.0, 0.0]
+    assert benjamini_hochberg(ps) == pytest.approx(list(stats.false_discovery_control(ps)))
+    assert benjamini_hochberg([]) == []
+
+
 @pytest.mark.parametrize("wrong", [math.nan, -0.1, 1.1])
-def test_holm_refuses_what_is_not_a_probability(wrong: float) -> None:
-    with pytest.raises(DataError, match="between 0 and 1"):
-        holm([0.1, wrong])
+def test_corrections_take_probabilities(wrong: float) -> None:
+    for correct in (holm, benjamini_hochberg):
+        with pytest.raises(DataError, match="between 0 and 1"):
+            correct([0.1, wrong])
 
 
 # --- effects ----------------------------------------------------------------------------------------------------------
@@ -169,17 +188,65 @@ def test_with_one_seed_it_is_the_t_test() -> None:
     assert (found.estimate().low, found.estimate().high) == pytest.approx(tuple(known.confidence_interval()))
 
 
-def test_min_f_equals_its_formula_from_two_tests() -> None:
-    """F₁ over items' means and F₂ over seeds' means are squared t; min F′ = F₁F₂/(F₁ + F₂) and its second degrees of
-    freedom (F₁ + F₂)² / (F₁²/n₂ + F₂²/n₁), as Clark (1973) writes them."""
-    x = RNG(2).normal(0.3, 1, (4, 25)) + RNG(3).normal(0, 0.2, (4, 1))
-    f1, f2 = (stats.ttest_1samp(x.mean(axis), 0).statistic ** 2 for axis in (0, 1))
-    least, df = f1 * f2 / (f1 + f2), (f1 + f2) ** 2 / (f1**2 / 3 + f2**2 / 24)
+def crossed(rng: np.random.Generator, shape: tuple[int, int], seeds: float, items: float, rest: float) -> Array:
+    """Differences of 0 on average: effects of seeds and of items with these standard deviations, and the rest."""
+    made: Array = rng.normal(0, seeds, (shape[0], 1)) + rng.normal(0, items, (1, shape[1])) + rng.normal(0, rest, shape)
+    return made
+
+
+def test_crossed_effects_by_the_mean_squares_of_statsmodels() -> None:
+    """V₁, V₂ and V₁₂ are the mean squares of seeds, items and residuals over S · I."""
+    ols, anova = pytest.importorskip("statsmodels.formula.api").ols, pytest.importorskip("statsmodels.stats.anova")
+    x = 0.3 + crossed(RNG(2), (4, 25), 0.3, 0.6, 1.0)
+    rows = {"x": x.ravel(), "s": np.repeat(range(4), 25), "i": np.tile(range(25), 4)}
+    squares = anova.anova_lm(ols("x ~ C(s) + C(i)", rows).fit())["mean_sq"]
+    seeds, items, rest = (float(squares[name]) for name in ("C(s)", "C(i)", "Residual"))
+    whole = (seeds + items - rest) / 100
+    df = (seeds + items - rest) ** 2 / (seeds**2 / 3 + items**2 / 24 + rest**2 / 72)
     found = estimate_mean(x)
     assert found is not None
-    assert (found.value / found.error) ** 2 == pytest.approx(least)
-    assert found.df == pytest.approx(df)
-    assert found.p() == pytest.approx(stats.f.sf(least, 1, df))
+    assert (found.value, found.error, found.df) == pytest.approx((x.mean(), math.sqrt(whole), df))
+    assert found.p() == pytest.approx(2 * stats.t.sf(abs(x.mean()) / math.sqrt(whole), df))
+    assert found.p(bound=0.5) == pytest.approx(2 * stats.t.sf(abs(x.mean() - 0.5) / math.sqrt(whole), df))
+    parts = estimate_components(x)
+    assert parts.rest == pytest.approx(rest)
+    assert (parts.seeds, parts.items) == pytest.approx(((seeds - rest) / 25, (items - rest) / 4))
+    again = parts.mean(4, 25, float(x.mean()))
+    assert (again.value, again.error, again.df) == pytest.approx((found.value, found.error, found.df))
+
+
+def test_a_negative_variance_is_random_error() -> None:
+    """Residuals larger than both effects: V₁ + V₂ − V₁₂ is under both, here even under 0."""
+    x = np.array([[1.0, -1.0, 0.2], [-1.0, 1.0, 0.1]])
+    found, parts = estimate_mean(x), estimate_components(x)
+    assert found is not None
+    by_seed, by_item = (x.mean(axis).var(ddof=1) / x.shape[1 - axis] for axis in (1, 0))
+    assert found.error == pytest.approx(math.sqrt(min(by_seed, by_item)))
+    assert found.df >= 1
+    assert (parts.seeds, parts.items) == (0.0, 0.0)
+    one = estimate_components(np.array([[1.0], [2.0], [4.0]]))
+    assert (one.seeds, one.items, one.rest) == (pytest.approx(7 / 3), 0.0, 0.0)
+    assert one.mean(12, 1).error == pytest.approx(math.sqrt(7 / 3 / 12))
+    assert one.mean(12, 1).df == 11
+
+
+SCENARIOS = [(0.4, 1.0, 1.0), (0.0, 1.0, 1.0), (0.0, 0.0, 1.0), (0.05, 0.3, 1.0), (1.0, 0.0, 1.0), (0.03, 0.1, 0.4)]
+
+
+@pytest.mark.parametrize("seeds", [5, 12])
+def test_the_test_over_items_and_seeds_has_its_size(seeds: int) -> None:
+    """5 %, wherever the variance comes from, between 3.5 and 6.5 %; p agrees with the interval each time."""
+    for scenario in SCENARIOS:
+        rng, found = RNG([12, seeds]), []
+        for _ in range(1500):
+            mean = estimate_mean(crossed(rng, (seeds, 60), *scenario))
+            assert mean is not None
+            interval = mean.estimate()
+            assert interval.low is not None
+            assert interval.high is not None
+            assert (mean.p() <= 0.05) == (not interval.low < 0 < interval.high)
+            found.append(mean.p() <= 0.05)
+        assert 0.035 < np.mean(found) < 0.065, scenario
 
 
 def test_t_over_seeds_by_hand() -> None:
@@ -192,12 +259,34 @@ def test_t_over_seeds_by_hand() -> None:
     assert estimate_mean(np.array([[5.0]])) is None
     same = estimate_mean(np.array([[5.0, 5.0]]))
     assert same is not None
-    assert same.estimate() == Estimate(5.0, 5.0, 5.0)
+    assert (same.estimate(), same.p(), same.p(bound=4.0)) == (Estimate(5.0), 1.0, 1.0)  # not 0: it proves nothing
+
+
+def test_equal_values_have_an_exact_bound() -> None:
+    """0 of 300 units differ: scipy's one-sided Clopper-Pearson bound of their share, times the largest effect."""
+    share = stats.binomtest(0, 300, alternative="less").proportion_ci(0.95, method="exact").high
+    found = Unvaried(0.0, -100.0, 100.0, 300)
+    assert found.estimate() == Estimate(0.0, pytest.approx(-100 * share), pytest.approx(100 * share))
+    # all 300 are alike with probability 0.99³⁰⁰ where one in a hundred differs, by 100
+    assert found.p(bound=1.0) == pytest.approx(0.99**300) == pytest.approx(found.p(bound=-1.0))
+    assert found.p() == 1.0
+    assert found.p(bound=101.0) == 0.0
+    trials = RNG(3).random((20_000, 300)) < 0.01
+    assert found.p(bound=1.0) == pytest.approx((~trials.any(1)).mean(), abs=0.004)
+    for bound in (0.2, 0.9, 0.99, 1.0, 1.1, 30.0):
+        assert (found.p(bound) <= 0.05) == (100 * share <= bound)
+    one = Unvaried(0.0, 0.0, 100.0, 60)  # a share that was 0 everywhere
+    assert one.estimate().low == 0.0
+    assert one.p(bound=50.0) == pytest.approx(0.5**60)
+    assert one.p(bound=-1.0) == 0.0
 
 
 def test_the_detectable_difference_by_hand_and_by_simulation() -> None:
     """(1.95996 + 0.84162) · 0.1 with many degrees of freedom; about 80 % of true means of this size are detected."""
-    assert Mean(0.0, 0.1, 1e9).detectable() == pytest.approx(0.280158, abs=1e-6)
+    assert Mean(0.0, 0.1, 1e7).detectable() == pytest.approx(0.280158, abs=1e-5)
+    for df, alpha in ((3.0, 0.05), (11.0, 0.0125), (40.0, 0.001)):
+        least = Mean(0.0, 1.0, df).detectable(alpha)
+        assert stats.nct.sf(stats.t.ppf(1 - alpha / 2, df), df, least) == pytest.approx(0.8, abs=1e-4)
     x = RNG(5).normal(0, 1, (2000, 40))
     found = np.array(
         [m.p() <= 0.05 for row in x if (m := estimate_mean(row[None] + Mean(0, 1 / math.sqrt(40), 39).detectable()))]
@@ -247,8 +336,8 @@ def coverage(seeds: int, between: float, sets: int = 200) -> dict[str, float]:
             assert e.high is not None
             found[name] += e.low <= 0 <= e.high
         found["items alone"] += wilcoxon(x.mean(0)) <= 0.05
-        found["min F′"] += mean.p() <= 0.05
-    return {name: found[name] / sets for name in ("bootstrap", "t", "items alone", "min F′")}
+        found["t test"] += mean.p() <= 0.05
+    return {name: found[name] / sets for name in ("bootstrap", "t", "items alone", "t test")}
 
 
 def test_intervals_over_items_contain_the_truth() -> None:
@@ -259,11 +348,11 @@ def test_intervals_over_items_contain_the_truth() -> None:
 
 
 def test_with_three_seeds_only_the_t_interval_is_reliable() -> None:
-    """If training moves the mean more than items do, a bootstrap over three seeds claims too much, and a test over
-    items that ignores seeds rejects a true hypothesis far too often. Hence the note, and the larger p of the two."""
+    """Where training moves the mean more than items do, a bootstrap over three seeds claims too much, and a test over
+    items that does not know of seeds denies the truth far too often. Hence the note, and the p of the t test."""
     found = coverage(3, 0.4)
     assert found["t"] > 0.91
-    assert found["min F′"] < 0.09
+    assert found["t test"] < 0.09
     assert found["bootstrap"] < 0.93
     assert found["items alone"] > 0.25
 
@@ -281,7 +370,7 @@ def test_right_and_wrong_from_end_to_end() -> None:
     assert found.tests == {"McNemar's exact test": pytest.approx(0.0525, abs=5e-5)}
     assert found.effect == pytest.approx(16 / 22 - 0.5)
     error = math.sqrt((22 - 10**2 / 100) / 99 / 100)
-    assert found.detectable == pytest.approx((1.98422 + 0.84528) * error, abs=1e-4)
+    assert found.detectable == pytest.approx(2.82967 * error, abs=1e-4)  # noncentral t, 99 degrees of freedom
     assert found.difference.half == pytest.approx(1.96 * error, rel=0.05)
     assert found.notes == ("one seed: the interval is over items only and does not cover repeated training",)
     assert compare_paired(b, a).difference.value == pytest.approx(-0.10)
@@ -298,6 +387,9 @@ def test_scores_from_end_to_end() -> None:
     known = stats.ttest_1samp(MAIZE, 0).confidence_interval()
     exact = compare_paired(b + np.array(MAIZE), b, interval="t").difference
     assert (exact.low, exact.high) == pytest.approx((known.low, known.high))
+    both = compare_paired(b + np.array(MAIZE), b, interval="t")
+    assert both.p == both.tests["t test over items"] == pytest.approx(stats.ttest_1samp(MAIZE, 0).pvalue)
+    assert both.tests["Wilcoxon's signed-rank test over items"] == found.p
 
 
 def test_several_seeds_need_both_tests() -> None:
@@ -306,7 +398,7 @@ def test_several_seeds_need_both_tests() -> None:
     b = rng.normal(50, 10, (3, 200))
     a = b + np.array([[8.0], [0.5], [-0.2]]) + rng.normal(0, 3, (3, 200))
     found = compare_paired(a, b)
-    items, both = found.tests["Wilcoxon's signed-rank test over items"], found.tests["min F′ over items and seeds"]
+    items, both = found.tests["Wilcoxon's signed-rank test over items"], found.tests["t test over items and seeds"]
     assert items < 1e-10
     assert both > 0.2
     assert found.p == both
@@ -314,12 +406,13 @@ def test_several_seeds_need_both_tests() -> None:
     assert "3 seeds" in found.notes[0]
     wide = compare_paired(a, b, interval="t")
     assert wide.notes == ()
+    assert wide.p == both
     assert wide.difference.half is not None
     assert found.difference.half is not None
     assert wide.difference.half > found.difference.half
     assert set(compare_paired(a > 50, b > 50).tests) == {
         "McNemar's test, clustered by item",
-        "min F′ over items and seeds",
+        "t test over items and seeds",
     }
 
 
@@ -338,17 +431,20 @@ def test_comparisons_are_repeatable() -> None:
     assert compare_paired(a, b, seed=3).difference != compare_paired(a, b, seed=4).difference
 
 
-def test_results_without_variance() -> None:
-    """Equal sides: p is 1, without division by zero. A constant difference is certain only over items."""
+def test_what_does_not_vary() -> None:
+    """Equal sides: p is 1, without division by zero. A constant difference proves nothing about other trainings."""
     for x in (np.ones(20), np.arange(20.0), np.arange(40.0).reshape(2, 20)):
         found = compare_paired(x, x)
         assert (found.p, found.effect, found.detectable) == (1.0, 0.0, None)
         assert found.difference == Estimate(0.0, 0.0, 0.0)
         assert "all differences are the same" in found.notes[-1]
     x = RNG(0).uniform(0, 1, (3, 8))
-    found = compare_paired(x + 0.1, x)
-    assert found.p == pytest.approx(2 / 2**8)
-    assert (found.effect, found.detectable) == (None, None)
+    for interval in ("bootstrap", "t"):
+        found = compare_paired(x + 0.1, x, interval=interval)  # type: ignore[arg-type]
+        assert found.tests["Wilcoxon's signed-rank test over items"] == pytest.approx(2 / 2**8)
+        assert (found.p, found.effect, found.detectable) == (1.0, None, None)
+    assert found.difference == Estimate(pytest.approx(0.1))
+    assert "there is no interval and no test" in found.notes[-1]
 
 
 def test_one_item() -> None:

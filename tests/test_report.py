@@ -440,11 +440,11 @@ def hostile(lab: Lab) -> None:
     own = select(database, "evil").own
     assert own is not None
     database.client.set_tag(own.id, "mlflow.note.content", clean)
-    claim = {**dict.fromkeys(("claim", "where", "measure", "outcome", "effect"), EVIL), "low": None, "notes": [EVIL]}
+    named = ("role", "text", "where", "measured", "outcome", "effect")
+    claim = {**dict.fromkeys(named, EVIL), "low": None, "notes": [EVIL]}
+    other = {"text": "it helps", "outcome": "supported", "exploratory": True, "effect": 1.5, "low": 1, "high": 2}
     path = lab.folder / "claims.json"
-    path.write_text(
-        json.dumps([claim, {"claim": "it helps", "outcome": "supported", "effect": 1.5, "low": 1, "high": 2}])
-    )
+    path.write_text(json.dumps({"claims": [claim, other]}))
     database.client.log_artifact(own.id, str(path), "analysis")
     (lab.folder / "bad.png").write_text("<svg onload=alert(1)>")
     database.client.log_artifact(own.id, str(lab.folder / "bad.png"), "analysis")
@@ -469,7 +469,7 @@ def test_all_content_of_runs_is_shown_as_text(lab: Lab, which: str) -> None:
         assert page.text.count(shown) >= 12  # prompts, roles, ids, both responses, sources, stages, versions
         assert "https://…@host/" in page.text
     if which == "sweep":
-        assert "supported" in page.text
+        assert "it helps supported exploratory" in " ".join(page.text.split())
         assert "+1 to +2" in page.text
 
 

@@ -15,8 +15,8 @@ from dnpo.report.selection import Selection
 from dnpo.tracking.reading import SWEEP, TrackedRun
 from dnpo.wording import plural
 
-CLAIM = ("claim", "where", "measure", "outcome", "effect", "low", "high", "notes")
-LOOKS = {"supported": "good", "contradicted": "bad"}
+CLAIM = ("role", "text", "where", "measured", "outcome", "exploratory", "effect", "low", "high", "notes")
+LOOKS = {"supported": "good", "as expected": "good", "contradicted": "bad", "not as expected": "bad"}
 
 
 def content(selection: Selection, uri: str) -> dict[str, Any]:
@@ -124,9 +124,9 @@ def _claims(own: TrackedRun | None) -> tuple[list[dict[str, Any]], str]:
     if path is None:
         return [], "No claim was tested on this sweep yet"
     try:
-        rows = [{name: row.get(name) for name in CLAIM} for row in json.loads(path.read_text())]
-    except (ValueError, AttributeError, TypeError):
-        return [], "analysis/claims.json is not a list of claims"
+        rows = [{name: row.get(name) for name in CLAIM} for row in json.loads(path.read_text())["claims"]]
+    except (ValueError, AttributeError, TypeError, KeyError):
+        return [], "analysis/claims.json has no list of claims"
     for row in rows:
         row["look"] = LOOKS.get(str(row["outcome"]), "open")
         notes = row["notes"] or ""

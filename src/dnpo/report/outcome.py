@@ -7,6 +7,7 @@ from dnpo import catalogue
 from dnpo.report.comparison import FLIPS, MEASURES, Items, MeasureComparison, ReportMeasure, gain
 from dnpo.report.groups import Group, Groups, Member, iteration_title
 from dnpo.report.page import format_value, number
+from dnpo.stats.intervals import Estimate
 from dnpo.tracking.reading import SFT
 from dnpo.wording import duration
 
@@ -35,7 +36,7 @@ def _describe_gain(member: Member, measure: ReportMeasure, items: Items) -> str:
     estimate, over = gained
     first, last = (metric.format(value) for _, value in (values[0], values[-1]))
     change = metric.format(estimate.value, signed=True)
-    if estimate.low == estimate.high == 0:
+    if over and estimate == Estimate(0.0):  # nothing varies
         change += f", the same {over}"
     elif estimate.low is not None:
         low, high = (format_value(end, metric, signed=True) for end in (estimate.low, estimate.high))

@@ -9,6 +9,7 @@ import numpy as np
 from dnpo.catalogue import metric
 from dnpo.running import best as choosing
 from dnpo.running.console import BEST, Console, compact_table
+from dnpo.stats.intervals import Estimate
 from dnpo.stats.prompts import by_prompt, change, mean
 
 MEASURED = {
@@ -68,17 +69,13 @@ def sentences(
     for name, by_policy in results.items():
         column, first, last = metric(name), rows[0].get(name), rows[-1].get(name)
         found = change(dict(by_policy[-1]), dict(by_policy[0])) if len(rows) > 1 else None
-        if (
-            first is None
-            or last is None
-            or found is None
-            or found.difference.low is None
-            or found.difference.high is None
-        ):
+        if first is None or last is None or found is None:
             continue
-        if found.difference.low == found.difference.high == 0:
+        if found.difference == Estimate(0.0):  # nothing varies
             said.append(f"{column.title}: {column.format(last)} {column.unit}, the same on every prompt.")
             over = f"over {found.items} held-out prompts"
+            continue
+        if found.difference.low is None or found.difference.high is None:
             continue
         low, high = (column.format(end, signed=True) for end in (found.difference.low, found.difference.high))
         ends = f"{column.format(first)} → {column.format(last)}"

@@ -27,7 +27,8 @@ class Comparison:
         a, b, difference: means with their 95 % intervals.
         kind: ``right`` for right/wrong, ``scores`` for all else.
         tests: p of every test, by name.
-        p: the largest p of all tests, so a difference is significant only if it is in every test.
+        p: with t intervals the p of the same model, so p ≤ 0.05 exactly if the interval excludes 0; with bootstrap
+            intervals the largest p of all tests.
         effect: effect size: Cohen's g for right/wrong, Cohen's d_z for scores; None if it cannot be computed.
         detectable: the smallest true difference that 80 % of such comparisons would find at α = 0.05, without
             correction for multiple tests; None if all differences are the same.
@@ -59,11 +60,11 @@ def compare_paired(
 ) -> Comparison:
     """Compare two sides' results on the same items.
 
-    With one seed, McNemar's exact test is used for right/wrong and Wilcoxon's signed-rank test for scores; both
-    generalise to new items, for the two given models. With several seeds there are two tests, and ``p`` is the larger
-    of their p values. One is the same test over items, with an item's seeds combined (McNemar's clustered test, or
-    Wilcoxon's on means over seeds). The other is min F′ over items and seeds, which also generalises to repeated
-    trainings.
+    With one seed there is McNemar's exact test for right/wrong and Wilcoxon's signed-rank test for scores; both
+    generalise to new items, for the two given models. With several seeds there is the same test with an item's seeds
+    combined (McNemar's clustered test, or Wilcoxon's on means over seeds). Where seeds vary, it finds differences far
+    too often (14 to 73 % instead of 5 % in a simulation), because it does not generalise to repeated trainings; the t
+    test over items and seeds does.
 
     Args:
         a, b: results of both sides, by item (I) or by seed and item (S × I). Items and seeds must be in the same order
@@ -91,8 +92,9 @@ def compare_paired(
 
     mean = estimate_mean(difference_SI)
     tests = _tests(difference_SI, kind)
-    if seeds > 1:
-        tests["min F′ over items and seeds"] = 1.0 if mean is None else mean.p()
+    by_model = 1.0 if mean is None else mean.p()
+    if seeds > 1 or interval == "t":
+        tests["t test over items and seeds" if seeds > 1 else "t test over items"] = by_model
     effect = cohens_dz(difference_SI.mean(0))
     if kind == "right":
         effect = cohens_g(int((difference_SI > 0).sum()), int((difference_SI < 0).sum()))
@@ -103,7 +105,7 @@ def compare_paired(
         apart,
         kind,
         tests,
-        max(tests.values()),
+        by_model if interval == "t" else max(tests.values()),
         effect,
         mean.detectable() if mean and mean.error else None,
         items,
@@ -179,7 +181,8 @@ def _notes(seeds: int, items: int, dropped: int, interval: str, still: bool) -> 
     elif interval == "bootstrap" and seeds < FEW:
         notes.append(f"{seeds} seeds: a bootstrap over so few tends to be too narrow; use interval='t'")
     if still:
-        notes.append("all differences are the same, so the interval has no width; that is not certainty")
+        shown = "there is no interval and no test" if interval == "t" else "the interval has no width"
+        notes.append(f"nothing varies: all differences are the same, so {shown}")
     if dropped:
         notes.append(f"{dropped} of {items + dropped} items lack a result and were dropped on both sides")
     return tuple(notes)

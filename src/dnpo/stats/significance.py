@@ -78,13 +78,37 @@ def holm(ps: Sequence[float]) -> list[float]:
     Raises:
         DataError: a value is not a probability.
     """
+    _check(ps, "Holm's")
     adjusted, least = [0.0] * len(ps), 0.0
-    if not all(0 <= p <= 1 for p in ps):  # NaN is neither
-        raise DataError(f"Holm's correction needs p values between 0 and 1; these are {list(ps)}")
     for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
         least = max(least, min((len(ps) - rank) * ps[i], 1.0))
         adjusted[i] = least
     return adjusted
+
+
+def benjamini_hochberg(ps: Sequence[float]) -> list[float]:
+    """Adjust p values for multiple tests (Benjamini and Hochberg 1995): the least m · p₍ⱼ₎ / j over j ≥ i.
+
+    If every adjusted p up to α is called significant, false positives are on average at most a share α of all
+    positives, for tests that are independent or positively dependent.
+
+    Args:
+        ps: p values; the adjusted ones have the same order.
+
+    Raises:
+        DataError: a value is not a probability.
+    """
+    _check(ps, "Benjamini and Hochberg's")
+    adjusted, most = [1.0] * len(ps), 1.0
+    for rank, i in reversed(list(enumerate(sorted(range(len(ps)), key=ps.__getitem__), 1))):
+        most = min(most, len(ps) * ps[i] / rank)
+        adjusted[i] = most
+    return adjusted
+
+
+def _check(ps: Sequence[float], whose: str) -> None:
+    if not all(0 <= p <= 1 for p in ps):  # NaN is neither
+        raise DataError(f"{whose} correction needs p values between 0 and 1; these are {list(ps)}")
 
 
 def cohens_dz(difference_I: Array) -> float | None:
