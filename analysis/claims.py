@@ -99,7 +99,7 @@ def _go(options: argparse.Namespace) -> int:
             f"claims={options.claims}: {registration.problem}. Commit it before its seeds are run; exploratory=true "
             "takes all runs, and marks the results"
         )
-    where = _pairs(options.tag)
+    where = pair_tags(options.tag)
     failed: list[str] = []
     clock = time.monotonic()
     if options.run:
@@ -162,7 +162,12 @@ def _registered(book: Book, registration: Registration, exploratory: bool) -> st
     )
 
 
-def _pairs(given: Sequence[str]) -> dict[str, str]:
+def pair_tags(given: Sequence[str]) -> dict[str, str]:
+    """Names and values of the tags that runs must have.
+
+    Raises:
+        SettingsError: one has no value.
+    """
     for pair in given:
         if "=" not in pair:
             raise SettingsError(f"tag={pair}: expected NAME=VALUE, such as data.train=4800")

@@ -178,7 +178,7 @@ class Result:
     @property
     def detectable(self) -> float | None:
         """The smallest difference from the target that would be found in 80 % of such comparisons."""
-        return None if self.effect is None else self.effect.detectable(self.level)
+        return None if self.effect is None else self.effect.detectable(self.level, self.claim.sesoi)
 
 
 def assess(book: Book, tracked: Tracked, exploratory: bool = False) -> list[Result]:
@@ -200,11 +200,11 @@ def assess(book: Book, tracked: Tracked, exploratory: bool = False) -> list[Resu
         measured[claim.id] = replace(result, exploratory=exploratory)
     decided: dict[str, Result] = {}
     for role in ROLES:
-        decided |= _decide_role(role, [measured[claim.id] for claim in book.by_role(role)])
+        decided |= decide_role(role, [measured[claim.id] for claim in book.by_role(role)])
     return [_with_gates(decided[claim.id], decided) for claim in book.claims]
 
 
-def _decide_role(role: Role, results: Sequence[Result]) -> dict[str, Result]:
+def decide_role(role: Role, results: Sequence[Result]) -> dict[str, Result]:
     """Decide the claims of a role, without those that their outcomes depend on."""
     if not results:
         return {}
@@ -222,7 +222,9 @@ def _decide_role(role: Role, results: Sequence[Result]) -> dict[str, Result]:
         if effect is not None:
             result = replace(
                 result,
-                outcome=decide(effect, claim.region, claim.band, p, p_negligible),
+                outcome=decide(
+                    effect, claim.region, claim.band, p, p_negligible, (result.p_negligible or 1.0) <= level
+                ),
                 p_adjusted=p,
                 p_negligible_adjusted=None if claim.band is None else p_negligible,
             )

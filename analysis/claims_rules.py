@@ -7,7 +7,7 @@ either direction, is negligible. One model of seeds and items gives the 95 % int
 that the interval excludes the bound that is tested. The claim is
 
     negligible     if the interval lies within the SESOI around the target (two one-sided tests), with p ≤ 0.05 after
-                   the correction;
+                   the correction, or at its strictest level if the effect differs from the target too;
     supported      if the interval lies inside the region, with p ≤ 0.05 after the correction;
     contradicted   if the interval lies outside the region, with the same p;
     undecided      otherwise, and always with fewer than three seeds.
@@ -38,7 +38,7 @@ from typing import Literal
 import numpy as np
 
 from dnpo.errors import DataError
-from dnpo.stats.intervals import Array, Estimate, Mean, Unvaried, estimate_mean, still
+from dnpo.stats.intervals import Array, Components, Estimate, Mean, Unvaried, estimate_components, estimate_mean, still
 from dnpo.stats.significance import benjamini_hochberg, holm
 from dnpo.stats.table import ALPHA
 from dnpo.wording import plural
@@ -57,9 +57,9 @@ POWER = 0.8
 RULE = (
     "Supported: the whole 95 % interval lies where the claim says, and p ≤ {alpha} after the correction. Contradicted: "
     "the whole interval lies elsewhere, with the same p. Negligible: the whole interval lies within the smallest "
-    "effect of interest (SESOI), with p ≤ {alpha} in two one-sided tests after the correction. Undecided: everything "
-    "else, and every claim measured with fewer than {least} seeds. Correction, over both questions separately: "
-    "{corrections}. A "
+    "effect of interest (SESOI), with p ≤ {alpha} in two one-sided tests after the correction, or at its strictest "
+    "level if the effect differs from the target too. Undecided: everything else, and every claim measured with fewer "
+    "than {least} seeds. Correction, over both questions separately: {corrections}. A "
     "claim that was not measured counts with p = 1. Interval and p are from one model of seeds and, if there are any, "
     "items. Detectable is the smallest true difference from the target that would be found in {power} % of such "
     "comparisons at the strictest level of the correction."
@@ -120,6 +120,7 @@ class Effect:
     Attributes:
         model: gives the interval and every p; None if it cannot be tested.
         items: number of items; None for a measure without items.
+        components: the variances of seeds, items and the rest; None with one seed.
     """
 
     estimate: Estimate
@@ -127,14 +128,15 @@ class Effect:
     seeds: int
     items: int | None
     notes: tuple[str, ...] = ()
+    components: Components | None = None
 
     def p(self, where: Region) -> float:
         """The largest p of two-sided tests against the bounds of a region; 1 if it cannot be tested."""
         return 1.0 if self.model is None else max(map(self.model.p, where.bounds), default=1.0)
 
-    def detectable(self, level: float) -> float | None:
-        """The smallest difference that a test at this level detects in 80 % of cases; None if nothing varies."""
-        return self.model.detectable(level, POWER) if isinstance(self.model, Mean) else None
+    def detectable(self, level: float, sesoi: float = 0.0) -> float | None:
+        """The smallest difference that is found at this level in 80 % of cases; None if nothing varies."""
+        return self.model.detectable(level, POWER, sesoi) if isinstance(self.model, Mean) else None
 
 
 def region(relation: Relation, target: float, margin: float) -> Region:
@@ -172,27 +174,30 @@ def estimate_effect(sample: Sample) -> Effect:
         else:
             model = Unvaried(value, *sample.ends, units)
             notes.append(f"nothing varies: exact interval, from {units:,} units as if they were independent")
-    if model is None:
-        return Effect(Estimate(float(difference_SI.mean())), None, seeds, counted, tuple(notes))
-    return Effect(model.estimate(), model, seeds, counted, tuple(notes))
+    estimate = Estimate(float(difference_SI.mean())) if model is None else model.estimate()
+    components = estimate_components(difference_SI) if seeds > 1 else None
+    return Effect(estimate, model, seeds, counted, tuple(notes), components)
 
 
-def decide(effect: Effect, where: Region, band: Region | None, p: float, p_negligible: float) -> Outcome:
+def decide(
+    effect: Effect, where: Region, band: Region | None, p: float, p_negligible: float, strictly: bool
+) -> Outcome:
     """Decide the outcome of a primary or secondary claim by the rule at the head of this file.
 
     Args:
         band: the effects that are negligible; None if the claim has no SESOI.
         p, p_negligible: of the test against the region and of the one against the band, after the correction.
+        strictly: whether the test against the band is significant at the strictest level of the correction.
     """
     if effect.seeds < LEAST_SEEDS:
         return "undecided"
-    if band is not None and p_negligible <= ALPHA and band.includes(effect.estimate):
-        return "negligible"
-    if p <= ALPHA and where.includes(effect.estimate):
-        return "supported"
-    if p <= ALPHA and where.excludes(effect.estimate):
-        return "contradicted"
-    return "undecided"
+    within = band is not None and p_negligible <= ALPHA and band.includes(effect.estimate)
+    if not (within and strictly) and p <= ALPHA:
+        if where.includes(effect.estimate):
+            return "supported"
+        if where.excludes(effect.estimate):
+            return "contradicted"
+    return "negligible" if within else "undecided"
 
 
 def check(effect: Effect, where: Region) -> Outcome:

@@ -147,12 +147,19 @@ def p_text(p: float) -> str:
 
 def remarks(results: Sequence[Result]) -> list[str]:
     """Reasons, notes and caveats, each once, with the numbers of the claims that it concerns."""
-    by_text: dict[str, list[int]] = {}
+    found = []
     for place, result in enumerate(results, 1):
         texts = [f"not measured: {result.reason}"] if result.reason else [*result.notes, result.claim.caveat]
-        for text in filter(None, texts):
-            by_text.setdefault(text, []).append(place)
-    return [f"{ranges(places)}: {text}." for text, places in by_text.items()]
+        found += [(place, text) for text in texts if text]
+    return remarks_by_text(found)
+
+
+def remarks_by_text(found: Sequence[tuple[int, str]], prefix: str = "") -> list[str]:
+    """Remarks, each once, with the numbers of the claims that it concerns."""
+    by_text: dict[str, list[int]] = {}
+    for place, text in found:
+        by_text.setdefault(text, []).append(place)
+    return [f"{ranges(places)}: {prefix}{text}." for text, places in by_text.items()]
 
 
 def ranges(places: Sequence[int]) -> str:

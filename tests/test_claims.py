@@ -187,24 +187,33 @@ def test_the_interval_decides(relation: Any, interval: tuple[float, float], outc
     where = region(relation, 0.0, 0.0 if relation in ("greater", "less") else 1.0)
     estimate = Estimate(sum(interval) / 2, *interval)
     effect = Effect(estimate, None, 5, None)
-    assert decide(effect, where, None, p=0.04, p_negligible=1.0) == outcome
-    assert decide(effect, where, None, p=0.06, p_negligible=1.0) == "undecided"
-    assert decide(replace(effect, seeds=2), where, None, p=0.04, p_negligible=1.0) == "undecided"
-    assert decide(replace(effect, estimate=Estimate(0.0)), where, None, p=0.04, p_negligible=1.0) == "undecided"
+    assert decide(effect, where, None, p=0.04, p_negligible=1.0, strictly=False) == outcome
+    assert decide(effect, where, None, p=0.06, p_negligible=1.0, strictly=False) == "undecided"
+    assert decide(replace(effect, seeds=2), where, None, p=0.04, p_negligible=1.0, strictly=False) == "undecided"
+    assert (
+        decide(replace(effect, estimate=Estimate(0.0)), where, None, p=0.04, p_negligible=1.0, strictly=False)
+        == "undecided"
+    )
     assert check(effect, where) == ("as expected" if outcome == "supported" else "not as expected")
 
 
 @pytest.mark.parametrize(
     ("interval", "outcome"),
-    [((0.1, 0.9), "negligible"), ((-0.9, -0.1), "negligible"), ((0.1, 1.1), "supported"), ((-0.9, 1.1), "undecided")],
+    [((0.1, 0.9), "negligible"), ((-0.9, 0.1), "negligible"), ((0.1, 1.1), "supported"), ((-0.9, 1.1), "undecided")],
 )
 def test_what_is_smaller_than_of_interest_is_negligible_even_if_it_is_not_zero(
     interval: tuple[float, float], outcome: str
 ) -> None:
     effect, where, band = Effect(Estimate(0.0, *interval), None, 5, None), region("greater", 0, 0), Region(-1, 1)
-    assert decide(effect, where, band, p=0.04, p_negligible=0.04) == outcome
-    assert decide(effect, where, band, p=0.06, p_negligible=0.06) == "undecided"
-    assert decide(replace(effect, seeds=2), where, band, p=0.04, p_negligible=0.04) == "undecided"
+    assert decide(effect, where, band, p=0.04, p_negligible=0.04, strictly=True) == outcome
+    loosely = decide(effect, where, band, p=0.04, p_negligible=0.04, strictly=False)
+    assert loosely == ("supported" if interval[0] > 0 else outcome)
+    assert decide(effect, where, band, p=0.06, p_negligible=0.04, strictly=False) == (
+        "undecided" if outcome == "supported" else outcome
+    )
+    assert decide(effect, where, band, p=0.06, p_negligible=0.06, strictly=False) == "undecided"
+    few = replace(effect, seeds=2)
+    assert decide(few, where, band, p=0.04, p_negligible=0.04, strictly=True) == "undecided"
 
 
 def test_p_is_that_of_the_nearer_bound() -> None:
@@ -240,7 +249,7 @@ def test_a_number_a_seed_has_the_t_interval_over_seeds() -> None:
     assert found.p(region("greater", 0, 0)) == pytest.approx(1 - t / math.sqrt(t**2 + 2))
     least = found.detectable(0.05)
     assert least is not None
-    assert stats.nct.sf(4.302653, 2, least * math.sqrt(3)) == pytest.approx(0.8, abs=1e-4)
+    assert stats.nct.sf(4.302653, 2, least * math.sqrt(3)) == pytest.approx(0.8, abs=3e-4)
     assert found.detectable(0.05 / 4) > 1.5 * least  # type: ignore[operator]
 
 
@@ -268,15 +277,15 @@ def test_where_nothing_varies_units_have_an_exact_bound_and_numbers_have_none() 
     found = estimate_effect(Sample(same, same.copy(), True, ends=(-100.0, 100.0)))
     assert found.p(Region(-1, 1)) == pytest.approx(0.99**2400)
     assert found.p(region("greater", 0, 0)) == 1.0
-    assert decide(found, region("greater", 0, 0), Region(-1, 1), 1.0, 4 * found.p(Region(-1, 1))) == "negligible"
+    assert decide(found, region("greater", 0, 0), Region(-1, 1), 1.0, 4 * found.p(Region(-1, 1)), True) == "negligible"
     assert "nothing varies: exact interval, from 2,400 units" in found.notes[0]
     for relation in ("greater", "less"):
-        assert decide(found, region(relation, 0, 0), Region(-1, 1), 1.0, 1.0) == "undecided"  # type: ignore[arg-type]
+        assert decide(found, region(relation, 0, 0), Region(-1, 1), 1.0, 1.0, False) == "undecided"  # type: ignore[arg-type]
     never = np.zeros((5, 1))  # the share of 3 × 57 steps a seed that are saturated
     found = estimate_effect(Sample(never, never, False, ends=(0.0, 100.0), units=5 * 3 * 57))
     assert found.estimate.high == pytest.approx(100 * (1 - 0.05 ** (1 / 855)))
     assert found.p(region("greater", 50, 0)) < 1e-9
-    assert decide(found, region("greater", 50, 0), Region(45, 55), 0.01, 1.0) == "contradicted"
+    assert decide(found, region("greater", 50, 0), Region(45, 55), 0.01, 1.0, False) == "contradicted"
     found = estimate_effect(Sample(never, never, False))
     assert (found.estimate, found.model, found.p(Region(-1, 1))) == (Estimate(0.0), None, 1.0)
     assert found.notes == ("nothing varies, so there is no interval",)
@@ -326,7 +335,9 @@ def jobs(sweep: str, *overrides: str) -> list[TrackedRun]:
     """The runs of a sweep under one seed, from the composed settings of its jobs."""
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         params = compose("train", [f"+sweep={sweep}"], return_hydra_config=True).hydra.sweeper.params
-        given = [*(f"{key}={value}" for key, value in params.items()), f"+sweep={sweep}", "seed=0", *overrides]
+        replaced = {override.split("=")[0] for override in overrides} | {"seed"}  # as the command line replaces them
+        kept = [f"{key}={value}" for key, value in params.items() if key not in replaced]
+        given = [*kept, f"+sweep={sweep}", "seed=0", *overrides]
         parsed = OverridesParser.create().parse_overrides(given)
         runs = []
         for number, job in enumerate(BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]):
@@ -337,7 +348,8 @@ def jobs(sweep: str, *overrides: str) -> list[TrackedRun]:
             )
             resolved: dict[str, Any] = {**top, **settings}
             for name, start in starts.items():
-                resolved[name] = {**settings[name], "start": start}
+                if isinstance(settings[name], dict):  # otherwise a list, one part an iteration
+                    resolved[name] = {**settings[name], "start": start}
             tags = running.tags({k: v for k, v in choices.items() if v is not None}, resolved)
             values = {key: str(value) for key, value in flat(resolved).items()}
             runs.append(TrackedRun(f"{sweep}{number}", " ".join(job), "FINISHED", number, 1.0, tags, values, "", None))

@@ -321,7 +321,7 @@ def test_figures_claims_and_sweeps_work_from_a_wheel_in_an_empty_folder(tmp_path
 
     figures = run("figures", "list=true")
     assert "fig05_benchmark" in figures.stdout, figures.stderr
-    claims = run("claims")
+    claims = run("claims", "exploratory=true")
     assert "there is no such database" in claims.stderr
     sweep = run("sweep", "alpha", "plan=true", "scale=smoke")
     assert sweep.stdout.count("Plan") == 5, sweep.stderr

@@ -43,6 +43,7 @@ VERBS = {
     "browse": Verb("a page to look at samples and pairs of runs", "dnpo.commands.browse"),
     "figures": Verb("figures and tables of the papers, from tracked runs", "analysis.command"),
     "claims": Verb("the claims of the papers: which of them hold here", "analysis.claims"),
+    "claims plan": Verb("how many seeds and prompts the claims need", "analysis.claims_plan"),
     "chat": Verb("talk to a policy of a run, or to two side by side", "dnpo.commands.chat"),
     "sample": Verb("responses of a policy to prompts of your own, as JSON lines", "dnpo.commands.sample"),
     "export": Verb("write a policy of a run as a folder that needs nothing else", "dnpo.commands.export"),

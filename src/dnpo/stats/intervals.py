@@ -7,7 +7,7 @@ contradict each other; assumes means that are approximately normal; its interval
 seeds it is too narrow if seeds vary more than items, for any number of resamples: three seeds can be drawn in
 only ten different ways (``tests/test_comparisons.py`` measures the effect).
 
-Shapes: S seeds, I items, K different columns of items, B resamples, X sides.
+Shapes: S seeds, I items, K different columns of items, B resamples, X sides, Q quantiles.
 """
 
 import math
@@ -20,6 +20,7 @@ LEVEL = 0.95
 RESAMPLES = 10_000
 TOLERANCE = 1e-12  # of the largest number
 BATCH = 4_000_000  # weights at once: 32 MB
+QUANTILES = 2_000  # of a standard error's distribution, for its average
 
 Array = npt.NDArray[np.float64]
 
@@ -98,15 +99,54 @@ class Mean:
 
         return float(2 * stdtr(self.df, -abs(self.value - bound) / self.error))
 
-    def detectable(self, alpha: float = 0.05, power: float = 0.8) -> float:
+    def detectable(self, alpha: float = 0.05, power: float = 0.8, negligible: float = 0.0) -> float:
         """The smallest true mean that a two-sided test at level ``alpha`` detects with this power.
 
-        δ · standard error, with δ the noncentrality for which a noncentral t exceeds t_{1−α/2} with probability
-        ``power``. With many degrees of freedom and α = 0.05 this approaches 2.80 · standard error.
-        """
-        from scipy.special import nctdtrinc, stdtrit
+        With many degrees of freedom and α = 0.05 this approaches 2.80 · standard error.
 
-        return float(nctdtrinc(self.df, 1 - power, stdtrit(self.df, 1 - alpha / 2))) * self.error
+        Args:
+            negligible: a mean does not count as detected if its interval, of level 1 − ``alpha``, lies within ± this.
+        """
+        from scipy.optimize import brentq
+
+        if self.error == 0:
+            return 0.0
+        most = negligible + self.error
+        while self.power(most, alpha, negligible) < power:
+            most *= 2
+        return float(brentq(lambda effect: self.power(effect, alpha, negligible) - power, 0.0, most))
+
+    def power(self, effect: float, alpha: float = 0.05, negligible: float = 0.0) -> float:
+        """The probability that a true mean of this size is detected, with its sign; arguments as above.
+
+        The mean is normal with the standard error, whose estimate s has a χ² distribution: P(mean > s · t_{1−α/2}),
+        averaged over s, is the upper tail of a noncentral t.
+        """
+        if self.error == 0:
+            return 0.0
+        from scipy.special import ndtr
+
+        half_Q = self._half_widths(alpha)
+        least_Q = np.maximum(half_Q, negligible - half_Q)
+        return float(ndtr((abs(effect) - least_Q) / self.error).mean())
+
+    def power_of_equivalence(self, bound: float, alpha: float = 0.05) -> float:
+        """The probability that the interval of level 1 − ``alpha`` lies within ± ``bound`` if the true mean is 0."""
+        if self.error == 0:
+            return 0.0
+        from scipy.special import ndtr
+
+        room_Q = np.maximum(bound - self._half_widths(alpha), 0.0)
+        return float((2 * ndtr(room_Q / self.error) - 1).mean())
+
+    def _half_widths(self, alpha: float) -> Array:
+        """Half the width of intervals of level 1 − ``alpha``, at ``QUANTILES`` quantiles of their distribution."""
+        from scipy.special import chdtri, stdtrit
+
+        shares_Q = (np.arange(QUANTILES) + 0.5) / QUANTILES
+        estimates_Q = self.error * np.sqrt(chdtri(self.df, shares_Q) / self.df)
+        half_Q: Array = float(stdtrit(self.df, 1 - alpha / 2)) * estimates_Q
+        return half_Q
 
 
 @dataclass(frozen=True)
