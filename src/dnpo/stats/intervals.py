@@ -107,10 +107,14 @@ class Mean:
         Args:
             negligible: a mean does not count as detected if its interval, of level 1 − ``alpha``, lies within ± this.
         """
-        from scipy.optimize import brentq
-
         if self.error == 0:
             return 0.0
+        if not negligible:
+            from scipy.special import nctdtrinc, stdtrit  # the noncentral t in closed form
+
+            return float(nctdtrinc(self.df, 1 - power, stdtrit(self.df, 1 - alpha / 2))) * self.error
+        from scipy.optimize import brentq
+
         most = negligible + self.error
         while self.power(most, alpha, negligible) < power:
             most *= 2
