@@ -201,7 +201,7 @@ def test_the_interval_decides(relation: Any, interval: tuple[float, float], outc
     ("interval", "outcome"),
     [((0.1, 0.9), "negligible"), ((-0.9, 0.1), "negligible"), ((0.1, 1.1), "supported"), ((-0.9, 1.1), "undecided")],
 )
-def test_what_is_smaller_than_of_interest_is_negligible_even_if_it_is_not_zero(
+def test_effects_below_the_smallest_of_interest_are_negligible_even_if_not_zero(
     interval: tuple[float, float], outcome: str
 ) -> None:
     effect, where, band = Effect(Estimate(0.0, *interval), None, 5, None), region("greater", 0, 0), Region(-1, 1)
@@ -216,7 +216,7 @@ def test_what_is_smaller_than_of_interest_is_negligible_even_if_it_is_not_zero(
     assert decide(few, where, band, p=0.04, p_negligible=0.04, strictly=True) == "undecided"
 
 
-def test_p_is_that_of_the_nearer_bound() -> None:
+def test_p_is_computed_for_the_nearer_bound() -> None:
     def p(value: float, where: Region) -> float:
         return Effect(Estimate(value), Mean(value, 0.2, 4), 5, None).p(where)
 
@@ -240,7 +240,7 @@ def test_two_one_sided_tests_by_scipy() -> None:
         assert (found <= 0.05 and abs(effect.estimate.value) < sesoi) == Region(-sesoi, sesoi).includes(effect.estimate)
 
 
-def test_a_number_a_seed_has_the_t_interval_over_seeds() -> None:
+def test_one_number_per_seed_gets_the_t_interval_over_seeds() -> None:
     found = estimate_effect(Sample(np.array([[1.0], [2.0], [3.0]]), np.zeros((3, 1)), by_item=False))
     assert (found.estimate.value, found.seeds, found.items) == (2.0, 3, None)
     # t of 2 degrees of freedom is 4.303 at 97.5 %, its p in closed form 1 − t/√(t² + 2).
@@ -663,7 +663,7 @@ def test_claims_are_decided_over_items(tmp_path: Path, database: str) -> None:
     assert found["as-good"]["effect"] == pytest.approx(np.mean(good))
 
 
-def test_the_correction_is_over_all_claims_of_a_role_also_those_not_measured(tmp_path: Path, database: str) -> None:
+def test_the_correction_is_over_all_claims_of_a_role_even_unmeasured_ones(tmp_path: Path, database: str) -> None:
     number = {"id": "number", "a": "old@0", "b": "old@SFT"}
     alone = outcomes(tmp_path, database, number)
     many = [{"id": f"absent-{n}", "a": "new@2"} for n in range(9)]
@@ -742,7 +742,7 @@ def test_the_newest_run_counts_and_a_part_that_has_not_started_makes_no_arm() ->
     assert tracked.policy("main", "old", 0, 1) is None
 
 
-def test_nothing_to_read_is_said(tmp_path: Path, database: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_read_is_reported(tmp_path: Path, database: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "out"), "--exploratory"]
     assert claims.main(["--uri", f"sqlite:///{tmp_path / 'none.db'}", *out]) == 1
     assert "there is no such database" in (said := capsys.readouterr().err)
@@ -876,7 +876,7 @@ def test_only_runs_made_after_the_claims_test_them(
     assert (row["outcome"], row["seeds"], row["exploratory"]) == ("supported", 4, True)
 
 
-def test_what_was_computed_before_the_claims_does_not_test_them(migrated: Path, tmp_path: Path) -> None:
+def test_stages_computed_before_the_claims_do_not_test_them(migrated: Path, tmp_path: Path) -> None:
     """Stages that a run takes from the store count as what they are, and an unknown origin is no proof."""
     shutil.copy(migrated, tmp_path / "mlflow.db")
     git(tmp_path, "init", "-q")

@@ -56,7 +56,7 @@ def planned(which: int) -> Plan:
 
 @pytest.mark.long
 @pytest.mark.parametrize("which", range(4))
-def test_what_the_plan_names_is_found_in_80_percent_of_tables(which: int) -> None:
+def test_the_effect_that_the_plan_names_is_found_in_80_percent_of_tables(which: int) -> None:
     """One claim is true, by the effect that the plan names for it; the other three arms are without effect."""
     rng, found = np.random.default_rng([8, which]), Counter[Outcome]()
     wrong = 0
@@ -134,7 +134,7 @@ def test_a_plan_by_hand() -> None:
         assert (few.components.mean(12, count).detectable(0.0125, negligible=claim.sesoi) <= 1.0) == enough
 
 
-def test_forecasts_of_negligible_by_trial() -> None:
+def test_forecasts_of_negligible_match_simulation() -> None:
     """An interval of half width t · error around 0 lies within ± 2 as often as the forecast says."""
     parts, rng = Components(1.0, 20.0, 30.0), np.random.default_rng(9)
     forecast = parts.mean(12, 60).power_of_equivalence(2.5, 0.05)

@@ -161,7 +161,7 @@ def test_benjamini_and_hochberg_by_hand_and_by_scipy() -> None:
 
 
 @pytest.mark.parametrize("wrong", [math.nan, -0.1, 1.1])
-def test_corrections_take_probabilities(wrong: float) -> None:
+def test_corrections_refuse_what_is_not_a_probability(wrong: float) -> None:
     for correct in (holm, benjamini_hochberg):
         with pytest.raises(DataError, match="between 0 and 1"):
             correct([0.1, wrong])
@@ -234,7 +234,7 @@ SCENARIOS = [(0.4, 1.0, 1.0), (0.0, 1.0, 1.0), (0.0, 0.0, 1.0), (0.05, 0.3, 1.0)
 
 
 @pytest.mark.parametrize("seeds", [5, 12])
-def test_the_test_over_items_and_seeds_has_its_size(seeds: int) -> None:
+def test_the_t_test_over_items_and_seeds_has_its_nominal_size(seeds: int) -> None:
     """5 %, wherever the variance comes from, between 3.5 and 6.5 %; p agrees with the interval each time."""
     for scenario in SCENARIOS:
         rng, found = RNG([12, seeds]), []
@@ -431,7 +431,7 @@ def test_comparisons_are_repeatable() -> None:
     assert compare_paired(a, b, seed=3).difference != compare_paired(a, b, seed=4).difference
 
 
-def test_what_does_not_vary() -> None:
+def test_results_without_variance() -> None:
     """Equal sides: p is 1, without division by zero. A constant difference proves nothing about other trainings."""
     for x in (np.ones(20), np.arange(20.0), np.arange(40.0).reshape(2, 20)):
         found = compare_paired(x, x)
