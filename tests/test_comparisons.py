@@ -348,8 +348,8 @@ def test_intervals_over_items_contain_the_truth() -> None:
 
 
 def test_with_three_seeds_only_the_t_interval_is_reliable() -> None:
-    """Where training moves the mean more than items do, a bootstrap over three seeds claims too much, and a test over
-    items that does not know of seeds denies the truth far too often. Hence the note, and the p of the t test."""
+    """If training moves the mean more than items do, a bootstrap over three seeds claims too much, and a test over
+    items that ignores seeds rejects a true hypothesis far too often. Hence the note, and the p of the t test."""
     found = coverage(3, 0.4)
     assert found["t"] > 0.91
     assert found["t test"] < 0.09
