@@ -52,7 +52,6 @@ VERBS = {
     "doctor": Verb("what is installed, which device there is, what is missing", "dnpo.commands.doctor"),
 }
 USAGE = """usage: dnpo VERB [setting=value] …
-
 A laboratory for LLM self-improvement with synthetic preference data.
 """
 ADVICE = """
