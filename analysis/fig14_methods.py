@@ -33,7 +33,7 @@ def make(runs: Runs) -> DrawnFigure:
         measure.name: measure.metric.scale * estimate(reached(beginning(cells), measure, BEGINNING)).value
         for measure in quality(cells)
     }
-    figure, panels = canvas(PAGE, 8.6, len(ACROSS) // 2, 2 * len(up), sharey="col")
+    figure, panels = canvas(PAGE, 8.1, len(ACROSS) // 2, 2 * len(up), sharey="col")
     for place, axis in enumerate(panels):
         line, column = divmod(place, 2 * len(up))
         over, measure = ACROSS[line + len(ACROSS) // 2 * (column % 2)], up[column // 2]

@@ -1,4 +1,4 @@
-"""Figures and tables as LaTeX floats, for papers: caption, label, and the packages booktabs and graphicx."""
+"""Figures and tables as LaTeX floats, for papers: caption, label, and the packages array, booktabs and graphicx."""
 
 from collections.abc import Sequence
 
@@ -21,22 +21,29 @@ def figure(name: str, title: str, explained: str, *, wide: bool) -> str:
     )
 
 
-def table(name: str, title: str, explained: str, tabular: str, notes: Sequence[str]) -> str:
+def table(name: str, title: str, explained: str, tabular: str, notes: Sequence[str], words: str = "") -> str:
     """A table, with its notes below; it may be as wide as the page.
 
     Args:
         title: also the entry in the list of tables.
         explained: what follows the title in the caption.
+        words: a further tabular, with text, which becomes a table of its own.
     """
-    body = f"{FIT}\n{tabular}}}"
     below = "\n\n".join(for_latex(note) for note in notes)
-    if below:
-        body += f"\n\n\\smallskip\n\\begin{{minipage}}{{\\linewidth}}\n\\footnotesize\n{below}\n\\end{{minipage}}"
-    return _float("table*", f"tab:{name}", title, explained, body, after=False)
+    explaining = ["", r"\smallskip", r"\begin{minipage}{\linewidth}", r"\footnotesize", below, r"\end{minipage}"]
+    # tall enough for two ends of an interval
+    body = "\n".join(
+        [r"\smallskip\small\renewcommand{\arraystretch}{1.25}", FIT, f"{tabular}}}", *explaining * bool(below)]
+    )
+    found = _float("table*", f"tab:{name}", title, explained, body, after=False)
+    if words:
+        body = f"\\smallskip\\scriptsize\n{words}"
+        found += "\n" + _float("table*", f"tab:{name}_words", f"{title}, in words", "", body, after=False)
+    return found
 
 
 def _float(kind: str, label: str, title: str, explained: str, body: str, *, after: bool) -> str:
     """A float with its caption above or, if ``after``, below."""
-    caption = f"\\caption[{for_latex(title)}]{{{for_latex(f'{title}. {explained}')}}}\n\\label{{{label}}}"
+    caption = f"\\caption[{for_latex(title)}]{{{for_latex(f'{title}. {explained}'.rstrip())}}}\n\\label{{{label}}}"
     inside = (body, caption) if after else (caption, body)
     return "\n".join([f"\\begin{{{kind}}}", r"\centering", *inside, f"\\end{{{kind}}}", ""])

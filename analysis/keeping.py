@@ -14,7 +14,7 @@ from analysis.drawing import COLUMN, DPI, bare
 from analysis.selection import targets
 from dnpo.errors import DataError, TrackingError
 from dnpo.escape import for_csv
-from dnpo.stats.table import Table, latex, markdown, to_csv
+from dnpo.stats.table import Table, latex, latex_words, markdown, to_csv
 from dnpo.tracking.reading import Database, TrackedRun
 
 FOLDER = "analysis"  # of artefacts
@@ -74,8 +74,9 @@ def _table(drawing: DrawnTable, path: Path) -> list[Path]:
     paths[0].write_text(to_csv(drawing.table))
     notes = "".join(f"\n{note}\n" for note in drawing.notes)
     paths[1].write_text(f"**{drawing.title}**\n\n{markdown(drawing.table, drawing.corner)}{notes}")
-    tabular = latex(drawing.table, drawing.corner)
-    paths[2].write_text(floats.table(path.name, drawing.title, drawing.table.caption, tabular, drawing.notes))
+    tabulars = latex(drawing.table, drawing.corner), latex_words(drawing.table, drawing.corner)
+    of = path.name, drawing.title, drawing.table.caption
+    paths[2].write_text(floats.table(*of, tabulars[0], drawing.notes, tabulars[1]))
     return paths
 
 

@@ -32,7 +32,7 @@ from dnpo.stats.significance import (
     mcnemar_clustered,
     wilcoxon,
 )
-from dnpo.stats.table import Cell, latex, markdown, table, to_csv, with_words
+from dnpo.stats.table import Cell, latex, latex_words, markdown, table, to_csv, with_words
 
 RNG = np.random.default_rng
 
@@ -545,8 +545,10 @@ def test_columns_of_words_follow_columns_of_numbers() -> None:
     assert lines[2].startswith("| a | 1,234.5 ± ")
     assert lines[2].endswith(" | 5 % more | holds |")
     assert lines[3] == "| b | 2.0 |  |  |"
-    assert r"\begin{tabular}{lrp{0.4\textwidth}p{0.4\textwidth}}" in latex(found)
-    assert r"& 5 \% more & holds \\" in latex(found)
+    assert r"\begin{tabular}{lr}" in latex(found)
+    assert r"a & 5 \% more & holds \\" in latex_words(found)
+    assert "\nb &" not in latex_words(found), "a row without words"
+    assert latex_words(numbers) == ""
     rows = {(row["row"], row["column"]): row["text"] for row in csv.DictReader(io.StringIO(to_csv(found)))}
     assert (rows["a", "claim"], rows["a", "here"], rows["b", "here"]) == ("5 % more", "holds", "")
 

@@ -298,7 +298,7 @@ HARD = "a_b & 5 % of #1 $x$ {y} ~ ^ \\ < > | α-SPIN λ ≤ ≥ ± − → … �
 
 
 def compile_latex(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
-    packages = "\\usepackage{booktabs}\n\\usepackage{graphicx}\n"
+    packages = "\\usepackage{array}\n\\usepackage{booktabs}\n\\usepackage{graphicx}\n"
     document = f"\\documentclass[twocolumn]{{article}}\n{packages}\\begin{{document}}\n{body}\n\\end{{document}}\n"
     (folder / "paper.tex").write_text(document)
     return subprocess.run(
@@ -322,13 +322,22 @@ def parse_latex(text: str) -> None:
     bare = text.replace("\\\\", "").replace("\\{", "").replace("\\}", "")
     assert bare.count("{") == bare.count("}")
     for columns, body in re.findall(
-        r"\\begin\{tabular\}\{((?:[lr]|p\{[^}]*\})+)\}(.*?)\\end\{tabular\}", text, re.DOTALL
+        r"\\begin\{tabular\}\{((?:[lr]|[>p]\{[^}]*\})+)\}(.*?)\\end\{tabular\}", text, re.DOTALL
     ):
-        wide = len(re.sub(r"p\{[^}]*\}", "p", columns))
+        wide = len(re.sub(r">\{[^}]*\}|\{[^}]*\}", "", columns))
         rows = [line for line in body.splitlines() if line.endswith(r"\\")]
         assert rows
         assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {wide - 1}
     assert not re.search(r"(?<!\\)[#%](?!$)", re.sub(r"\{%\n", "{\n", text), re.MULTILINE)
+
+
+def test_claims_are_a_table_of_their_own(written: Path) -> None:
+    numbers, words = (written / "table02_rivals.tex").read_text().split("\\end{table*}")[:2]
+    assert "\\label{tab:table02_rivals}" in numbers
+    assert "Rafailov" not in numbers
+    assert "\\label{tab:table02_rivals_words}" in words
+    assert "Rafailov" in words
+    assert "\\shortstack[r]{generated\\\\tokens}" in numbers
 
 
 def test_latex_is_well_formed(written: Path) -> None:

@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dnpo.escape import for_csv, for_latex, for_markdown
@@ -10,6 +11,7 @@ from dnpo.stats.intervals import LEVEL, Estimate
 from dnpo.stats.significance import holm
 
 ALPHA = 0.05
+LONGEST_HEADING = 14  # letters in a line of LaTeX
 UNEVEN = 0.1  # of an interval's width: sides that differ by more are shown separately, if asked for
 
 
@@ -148,18 +150,36 @@ def markdown(table: Table, corner: str = "") -> str:
 
 
 def latex(table: Table, corner: str = "") -> str:
-    """Write a LaTeX tabular with the rules of the package booktabs; columns of words are wrapped.
+    """Write the numbers as a LaTeX tabular with the rules of the package booktabs; long headings are stacked.
 
     Non-ASCII letters of labels, except Greek ones, are not escaped; LuaTeX and XeTeX know all of them, pdfTeX does not.
     """
-    lines = [[*map(for_latex, (corner, *table.columns, *table.words))]]
-    for row in table.rows:
-        numbers = ("" if shown is None else _number(shown) for shown in row.shown)
-        lines.append([for_latex(row.label), *numbers, *map(for_latex, row.words)])
-    head, *body = [" & ".join(line) + r" \\" for line in lines]
-    words = r"p{0.4\textwidth}" * len(table.words)
-    begin, end = f"\\begin{{tabular}}{{l{'r' * len(table.columns)}{words}}}", r"\end{tabular}"
-    return "\n".join([begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end, ""])
+    rows = [(row.label, ["" if shown is None else _number(shown) for shown in row.shown]) for row in table.rows]
+    heads = [_stack(column) for column in table.columns]
+    return _tabular(
+        "r" * len(heads), [for_latex(corner), *heads], [[for_latex(label), *cells] for label, cells in rows]
+    )
+
+
+def latex_words(table: Table, corner: str = "") -> str:
+    """Write the columns of words, of the rows that have any, as a further tabular; "" if there are none."""
+    if not table.words:
+        return ""
+    wide = rf">{{\raggedright\arraybackslash}}p{{{0.82 / len(table.words):.2f}\textwidth}}" * len(table.words)
+    rows = [[for_latex(row.label), *map(for_latex, row.words)] for row in table.rows if any(row.words)]
+    return _tabular(wide, [*map(for_latex, (corner, *table.words))], rows)
+
+
+def _tabular(columns: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top, *body = [" & ".join(line) + r" \\" for line in (head, *rows)]
+    begin, end = f"\\begin{{tabular}}{{l{columns}}}", r"\end{tabular}"
+    return "\n".join([begin, r"\toprule", top, r"\midrule", *body, r"\bottomrule", end, ""])
+
+
+def _stack(heading: str) -> str:
+    lines = [for_latex(line) for line in textwrap.wrap(heading, LONGEST_HEADING, break_long_words=False)]
+    stacked = r"\\".join(lines)
+    return lines[0] if len(lines) == 1 else rf"\shortstack[r]{{{stacked}}}"
 
 
 def to_csv(table: Table) -> str:
