@@ -267,10 +267,8 @@ def _measure(claim: Claim, tracked: Tracked, methods: bool) -> Result:
     seeds = [seed for seed in tracked_seeds if seed not in lacking]
     if not seeds:
         why = tracked.absent.get(claim.sweep, "") or _lacking(claim.sweep, lacking, tracked.unfinished[claim.sweep])
-        refused = tracked.refused.get(claim.sweep, "")
-        why = (
-            f"sweep {claim.sweep}: left out: {refused}; exploratory=true shows them" if refused and not lacking else why
-        )
+        if (refused := tracked.refused.get(claim.sweep, "")) and not lacking:
+            raise DataError(f"sweep {claim.sweep}: left out: {refused}; exploratory=true shows them")
         raise DataError(f"{why}; run dnpo claims run=true, or dnpo sweep {claim.sweep}")
     notes = [f"seed {seed} is left out: it has no finished {', '.join(lacking[seed])}" for seed in lacking]
     if claim.premise:
