@@ -1,6 +1,6 @@
 """The style of all figures: a colour and a marker for each method, sizes, and the footer that explains the figure.
 
-Figures are as wide as a column or a page of a paper, so that their text has its size in print.
+Figures are as wide as a column or a page of a paper, so that their text keeps its size in print.
 """
 
 import textwrap
@@ -43,7 +43,7 @@ DPI = 300
 FOOT_SIZE = 5.8  # points
 SMALL = 6.0  # numbers within panels
 INTERVALS = {"share": "Wilson intervals", "amount": "t intervals of logarithms", "number": "t intervals"}
-WIDTH = 0.54  # of a letter, of the height of its font
+WIDTH = 0.54  # width of a letter, as a share of its font's height
 KEY_LINE = 10.5  # points
 
 
@@ -99,7 +99,7 @@ def _write(figure: Figure, title: str, foot: str, handles: Sequence[Any], labels
 
 
 def _measure(labels: Sequence[str], rows: int) -> float:
-    """The approximate width in points of a legend with so many rows, which matplotlib fills column by column."""
+    """The approximate width in points of a legend with some rows, which matplotlib fills column by column."""
     columns = [labels[first : first + rows] for first in range(0, len(labels), rows)]
     size: float = STYLE["legend.fontsize"]
     beside: float = 0.8 + STYLE["legend.handlelength"] + STYLE["legend.columnspacing"]

@@ -1,4 +1,4 @@
-"""Figure 6: the judge's mean score of generated responses after each iteration, of human ones, and less SPIN's."""
+"""Figure 6: the judge's mean score of generated and human responses, and the differences from SPIN."""
 
 import sys
 from collections.abc import Sequence

@@ -46,7 +46,7 @@ def make(runs: Runs) -> DrawnFigure:
     shows = (
         f"Bars: {kinds} over seeds, of score and accuracy over items too"
         if len(cells.seeds) > 1
-        else f"Bars: {kinds} of score and accuracy over items; the rest has none"
+        else f"Bars: {kinds} of score and accuracy over items; the others have none"
     )
     note = (
         "totals are over the iterations of a run, without fine-tuning, which all share, and without measuring; seconds "

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from dnpo.escape import for_latex
 
-# shrinks what is wider than the text, and nothing else
+# shrinks only what is wider than the text
 FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
 
 

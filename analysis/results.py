@@ -274,9 +274,9 @@ def row(cells: Cells, measure: PolicyMeasure, method: str, iteration: Iteration)
 
 
 def over_base(cells: Cells, measures: Sequence[PolicyMeasure], base: str) -> list[dict[str, Any]]:
-    """Measures of every method less the base's at the same iteration, paired by items and seeds, as rows.
+    """Measures of every method minus the base's at the same iteration, paired by items and seeds, as rows.
 
-    The iterations that all methods share are left out. Each row has p after Holm's correction over all rows, 1 where no
+    The iterations that all methods share are left out. Each row has p after Holm's correction over all rows, 1 if no
     test is possible.
     """
     rows: list[dict[str, Any]] = []

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     files = {file.stem: file for file in sorted((conf_folder() / "method").glob("*.yaml"))}
     if {"-h", "--help"} & set(given) or len(given) > 1:
-        say(f"{USAGE}\n\nWithout a name: all methods, with their sources. With one: its words, deviations, commands.")
+        say(f"{USAGE}\n\nWithout a name: all methods, with their sources. With one: its options, deviations, commands.")
         sys.exit(0 if len(given) == 1 else 2)
     if not given:
         _list(files)
