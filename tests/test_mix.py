@@ -89,6 +89,10 @@ def test_duplicates_across_sources_are_removed_and_counted(tmp_path: Path) -> No
     equal, near = prompt_of(tmp_path / "a.jsonl", 3), f"{prompt_of(tmp_path / 'a.jsonl', 5)}."
     other = write(tmp_path / "b.jsonl", 100, 2, (equal, near))
     rows, facts = Mix(sources={"a": one, "b": other}, **LIMITS).read()
+    turned, _ = Mix(sources={"b": other, "a": one}, **LIMITS).read()
+    assert {split: [row.id for row in some] for split, some in turned.items()} == {
+        split: [row.id for row in some] for split, some in rows.items()
+    }
     texts = [row.messages[-1]["content"] for some in rows.values() for row in some]
     assert texts.count(equal) == 1
     assert sum(text.rstrip(".") == near.rstrip(".") for text in texts) == 1
