@@ -1,6 +1,6 @@
 """Interrupt calls in threads at each line that the main thread runs, each time in a forked process, which must end.
 
-A program of its own, because forking pytest's process takes long. It prints the number of lines.
+A separate program, because forking pytest's process takes long. It prints the number of lines.
 """
 
 import os

@@ -110,7 +110,7 @@ def test_a_run_ends_early_keeps_its_best_policy_and_resumes_with_the_same_result
     assert done.returncode == 0, done.stderr
     assert f"{name} (" in done.stdout
 
-    # As after a kill in the last training: the same command comes to the same end.
+    # As after a kill in the last training: the same command gives the same result.
     for stage in found["stages"]:
         if stage["iteration"] == found["table"][-1]["iteration"] and stage["stage"] in ("optimise", "evaluate"):
             shutil.rmtree(tmp_path / "store" / stage["stage"] / stage["key"])

@@ -69,7 +69,7 @@ def make_run(
     """Make the folder of a finished run with its store: held-out answers of each policy, and pairs of iteration 0.
 
     Args:
-        scores: of each policy, one row an answer: human, greedy, samples; one column a prompt.
+        scores: of each policy, one row per answer: human, greedy, samples; one column per prompt.
         say: the text of an answer.
     """
     count, store = len(prompts), folder / "store"
@@ -412,7 +412,7 @@ def test_the_command_serves_until_it_is_interrupted(few: Path) -> None:
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=60)
         finally:
-            process.kill()  # else the end of the block waits for it, should the test fail
+            process.kill()  # otherwise the block would wait for it if the test failed
     assert (process.returncode, out, err) == (0, "", "")
 
 
@@ -455,7 +455,7 @@ def chromium() -> Iterator[Any]:
 
 @contextmanager
 def tab(chromium: Any, width: int = 1280) -> Iterator[tuple[Any, list[str]]]:
-    """A page of the browser, and what happens there that must not: dialogs, errors, requests elsewhere."""
+    """A page of the browser, and events that must not happen there: dialogs, errors, requests elsewhere."""
     events: list[str] = []
     page = chromium.new_page(viewport={"width": width, "height": 800})
     page.set_default_timeout(60_000)
@@ -468,7 +468,7 @@ def tab(chromium: Any, width: int = 1280) -> Iterator[tuple[Any, list[str]]]:
 
 
 def wait_for(page: Any, expression: str) -> None:
-    """Wait until an expression is true in the page, whose policy keeps playwright's own way from working."""
+    """Wait until an expression is true in the page, whose security policy blocks playwright's own method."""
     end = time.monotonic() + 60
     while not page.evaluate(expression):
         assert time.monotonic() < end, expression

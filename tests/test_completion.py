@@ -35,7 +35,7 @@ from dnpo.commands.completion import COMPOSED, SCRIPTS, complete
         ("dnpo train method=nothing", []),
     ],
 )
-def test_what_can_follow(line: str, found: list[str]) -> None:
+def test_completions_of_a_command_line(line: str, found: list[str]) -> None:
     assert complete(line) == found
 
 
@@ -45,9 +45,7 @@ def test_the_first_word_is_a_verb() -> None:
 
 
 @pytest.mark.parametrize("name", sorted({*VERBS} - {*COMPOSED}))
-def test_no_verb_begins_its_work_when_it_is_completed(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_completing_a_verb_does_not_run_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = complete(f"dnpo {name} ")
     assert "" not in words

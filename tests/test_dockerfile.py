@@ -48,7 +48,7 @@ def test_it_has_the_commands_of_the_readme() -> None:
     assert any(line.startswith("#") and f"dnpo {second}" in line for line in FILE.read_text().splitlines())
 
 
-def test_its_python_is_one_that_the_project_names() -> None:
+def test_its_python_is_a_supported_version() -> None:
     (image,) = instructions()["FROM"]
     version = re.fullmatch(r"python:(3\.\d+)-slim-\w+", image)
     assert version
@@ -60,7 +60,7 @@ def test_it_says_that_it_is_not_built_here() -> None:
     assert "NOT\n# BUILT" in FILE.read_text()
 
 
-def test_what_runs_and_tools_leave_behind_stays_out_of_the_image() -> None:
+def test_files_of_runs_and_tools_are_not_in_the_image() -> None:
     ignored = set((ROOT / ".dockerignore").read_text().split())
     assert ".git" in ignored
     for line in (ROOT / ".gitignore").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""The README and docs/: every command is one that the program takes, every link leads somewhere, figures agree."""
+"""The README and docs/: every command is accepted, every link has a target, figures agree."""
 
 import argparse
 import itertools

@@ -1,4 +1,4 @@
-"""What a run shows at its end, and how far it is while it computes."""
+"""What a run shows at its end, and its progress while it computes."""
 
 import io
 import os

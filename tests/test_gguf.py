@@ -1,4 +1,4 @@
-"""GGUF by llama.cpp's converter: a script on the PATH stands for it, since llama.cpp is not a dependency."""
+"""GGUF by llama.cpp's converter: a script on the PATH replaces it, since llama.cpp is not a dependency."""
 
 import stat
 from collections.abc import Callable

@@ -31,7 +31,7 @@ COUNT = 48
 
 
 def learnable(world: World) -> list[Pair]:
-    """Pairs of a human response with the same in reverse, so that what is learnt of some holds for others."""
+    """Pairs of a human response and its reverse, so that what is learned from some holds for others."""
     pairs = world.pairs(COUNT)
     return [replace(pair, rejected_ids=[*pair.chosen_ids[-2::-1], pair.chosen_ids[-1]]) for pair in pairs]
 
@@ -76,7 +76,7 @@ def measured(history: list[dict[str, float]]) -> dict[int, float]:
     return {int(row["step"]) + 1: row["heldout/loss"] for row in history if "heldout/loss" in row}
 
 
-def test_the_pairs_held_out_depend_on_their_prompts_alone(world: World) -> None:
+def test_held_out_pairs_depend_only_on_their_prompts(world: World) -> None:
     pairs = learnable(world)
     left, apart = divide(pairs, range(COUNT), how(**BEST))
     assert sorted([*left, *apart]) == list(range(COUNT))
@@ -90,7 +90,7 @@ def test_the_pairs_held_out_depend_on_their_prompts_alone(world: World) -> None:
             divide(pairs, range(COUNT), how(**(BEST | {"holdout": share})))
 
 
-def test_the_best_weights_are_kept_and_their_loss_is_the_one_reported(
+def test_the_best_weights_are_kept_and_their_loss_is_reported(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
     report = Report()
@@ -122,7 +122,7 @@ def test_if_no_step_helps_the_weights_before_training_are_kept(
 
 
 def test_held_out_pairs_change_no_step(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """Training is that on the other pairs, bit for bit."""
+    """The training equals one on the other pairs alone, bit for bit."""
     pairs = learnable(world)
     left, _ = divide(pairs, range(COUNT), how(**BEST))
     policy, history, _ = run(make_policy, world, tmp_path, Report(), **(BEST | {"keep": "last", "patience": 99}))
@@ -144,7 +144,7 @@ def test_held_out_pairs_change_no_step(make_policy: MakePolicy, world: World, tm
     assert timeless(without) == timeless(expected)
 
 
-def test_patience_ends_a_training_and_says_so(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_patience_ends_a_training_and_reports_it(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     _, whole, _ = run(make_policy, world, tmp_path / "whole", Report(), **BEST)
     found = measured(whole)
     best, misses, end = math.log(2), 0, len(whole)
@@ -183,8 +183,8 @@ def test_a_stopped_training_keeps_the_same_weights(
     assert undisturbed[1:] == continued[1:]
 
 
-def test_a_training_that_had_ended_does_not_go_on(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """The checkpoint of the very step at which patience ended it is all that a kill left."""
+def test_an_ended_training_does_not_continue(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+    """A kill left only the checkpoint of the step at which patience ended the training."""
     settings = BEST | {"patience": 2, "checkpoint_every": 1}
     _, history, facts = run(make_policy, world, tmp_path, Report(), **settings)
     _, again, same_facts = run(make_policy, world, tmp_path, Report(), **settings)
@@ -214,7 +214,7 @@ def test_keys_have_these_settings_only_if_pairs_are_held_out() -> None:
     ],
 )
 @pytest.mark.long
-def test_what_cannot_be_measured_is_refused_by_name(tmp_path: Path, given: list[str], message: str) -> None:
+def test_losses_that_cannot_be_measured_are_refused_by_name(tmp_path: Path, given: list[str], message: str) -> None:
     done = train(tmp_path, *SMOKE, *TINY, "trainer.keep=best", "iterations=1", "sft.steps=1", *given)
     assert done.returncode == 1
     assert re.search(message, done.stderr), done.stderr

@@ -1,4 +1,4 @@
-"""A policy and its pairs are pushed to a hub, private, with nothing of this machine; errors say what to change."""
+"""A policy and its pairs are pushed to a hub, private, without traces of this machine; errors say what to change."""
 
 import getpass
 import json

@@ -1,4 +1,4 @@
-"""``dnpo sample`` and ``dnpo chat``: policies of a finished run respond to prompts of one's own."""
+"""``dnpo sample`` and ``dnpo chat``: policies of a finished run respond to given prompts."""
 
 import json
 from collections.abc import Callable

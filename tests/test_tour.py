@@ -13,7 +13,7 @@ TOUR = ROOT / "docs/tour.ipynb"
 
 
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> list[str]:
-    """Run a notebook in a kernel; the texts that each cell with code shows, joined."""
+    """Run a notebook in a kernel; return the joined text output of each code cell."""
     NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     ).execute()

@@ -1,4 +1,4 @@
-"""What others may see of a run names no path of this machine, no user and no key."""
+"""Nothing that others may see of a run names a path of this machine, a user or a key."""
 
 import getpass
 import platform
@@ -15,7 +15,7 @@ from tests.commands import run_command, train
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = {name: f"planted-{name.lower()}-4711" for name in ("OPENAI_API_KEY", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD")}
-OWN = {"artifact_uri", "artifact_location"}  # columns in which MLflow itself keeps where its files are
+OWN = {"artifact_uri", "artifact_location"}  # columns in which MLflow keeps the location of its files
 
 
 @pytest.fixture(scope="module")

@@ -322,7 +322,7 @@ def test_ctrl_c_ends_within_seconds_and_says_how_to_continue(tmp_path: Path) -> 
     assert "begun" in succeed(tmp_path, *SMOKE, "sft.steps=100000", "plan=true")
 
 
-def test_a_runs_answers_are_a_table_that_mlflow_compares(smoke: Path) -> None:
+def test_a_runs_answers_are_a_table_for_mlflows_comparison(smoke: Path) -> None:
     table = json.loads(min(smoke.glob("outputs/*/*/samples.json")).read_text())
     answers = [f"iteration {k}" for k in (0, 1)]
     assert table["columns"] == [
