@@ -134,10 +134,10 @@ def _go(options: argparse.Namespace) -> int:
 
 
 def choose_seeds(book: Book, options: argparse.Namespace) -> list[int] | None:
-    """The seeds to use: those that are asked for, or those of the file; None: all, in an exploratory table.
+    """The seeds to use: the requested ones, or else the file's; None: all, in an exploratory table.
 
     Raises:
-        SettingsError: they are no numbers, or the file does not fix them and the table is not exploratory.
+        SettingsError: they are not numbers, or the file does not fix them and the table is not exploratory.
     """
     text = options.seeds or ""
     if not text:

@@ -45,7 +45,7 @@ class Tracked:
         runs: finished runs by sweep, the newest first.
         unfinished: numbers of unfinished runs, by sweep.
         absent: why a sweep has no runs.
-        refused: what is said about runs that do not test the claims as they are registered, by sweep.
+        refused: by sweep, the reasons why some runs do not test the claims as they are registered.
     """
 
     arms: Mapping[str, Mapping[str, str]]
@@ -70,7 +70,7 @@ class Tracked:
         Args:
             where: tags or settings that runs must have.
             seeds: seeds to use; None: all.
-            registration: of the claims, which runs must be made after; None: runs of any time.
+            registration: when the claims were registered; only later runs count. None: runs of any time.
         """
         self = cls(book.arms)
         for sweep in book.sweeps:

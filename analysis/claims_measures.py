@@ -217,12 +217,12 @@ def _series(steps: Sequence[Row], name: str) -> Any:
 
 
 def _weights(steps: Sequence[Row], name: str) -> Any:
-    """The rows of each step that has a metric; 1 if a step does not say them."""
+    """The number of rows of each step that has a metric; 1 if it was not recorded."""
     return np.asarray([float(step.get("rows", 1.0)) for step in steps if name in step])
 
 
 def _detrend(series: Any, weights: Any) -> Any:
-    """A series less its weighted least-squares line."""
+    """A series minus its weighted least-squares line."""
     place = np.arange(len(series))
     return series - np.polyval(np.polyfit(place, series, 1, w=np.sqrt(weights)), place)
 

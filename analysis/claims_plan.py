@@ -45,7 +45,7 @@ class Plan:
     Attributes:
         level: of the test, the strictest one of the correction.
         seeds, prompts: planned numbers; prompts is None for a measure with one number for each seed.
-        planned: the mean of so many, with its expected error.
+        planned: the mean over these, with its expected error.
         effect: the effect that is asked for, by default the smallest effect of interest.
         seeds_needed: with the planned prompts; None if no number is enough.
         prompts_needed: with the planned seeds; None if no number is enough, or the measure has no prompts.
@@ -181,7 +181,7 @@ def _least(enough: Callable[[int], bool], low: int, high: int) -> int | None:
 
 
 def describe(book: Book, plans: Sequence[Plan], results: Sequence[Result]) -> list[str]:
-    """What the numbers are for, and how well the pilot knows them, in sentences."""
+    """Sentences on the meaning of the numbers, and on how exactly the pilot determines them."""
     from scipy.stats import chi2
 
     pilot = sorted({seed for result in results for seed in _seeds(result)})
@@ -241,7 +241,7 @@ def lines(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
 
 
 def markdown(plans: Sequence[Plan], about: Sequence[str]) -> str:
-    """The table in GitHub's Markdown, with what it says about itself."""
+    """The table in GitHub's Markdown, with its explanations."""
     rows = [COLUMNS, tuple("---" if name in TEXTS else "---:" for name in COLUMNS)]
     rows += [tuple(map(for_markdown, line)) for line in lines(plans)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)

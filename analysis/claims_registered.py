@@ -55,7 +55,7 @@ class Registration:
         return self.problem or f"{self.path.name} of commit {self.commit[:SHORT]} ({self.date})"
 
     def objection(self, run: TrackedRun) -> str:
-        """Why a run does not test the claims; "" if it does."""
+        """The reason why a run does not test the claims; "" if it does."""
         if self.problem:
             return self.problem
         origins = _origins(run)

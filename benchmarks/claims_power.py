@@ -1,4 +1,4 @@
-"""How often does the protocol of claims find what is there, and what is not? Simulated tables of the primary claims.
+"""How often does the protocol of claims find real effects, and effects that do not exist? Simulated tables of claims.
 
     python -m benchmarks.claims_power                    # 1,000 tables each
     python -m benchmarks.claims_power --tables 200
@@ -96,7 +96,7 @@ def size(tables: int) -> dict[str, dict[str, float]]:
 
 
 def outcomes(draw: Draw, effects: Sequence[float | None], tables: int, seed: int) -> list[Counter[str]]:
-    """Counts of the outcomes of each claim, and last of what was wrong in tables as a whole.
+    """Counts of the outcomes of each claim, and last of errors in whole tables.
 
     Args:
         effects: true effects; None: identical arms.

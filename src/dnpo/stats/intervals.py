@@ -91,7 +91,7 @@ class Mean:
     def p(self, bound: float = 0.0) -> float:
         """The p of a two-sided t test against a bound: at most 0.05 exactly if the interval excludes the bound.
 
-        1 if nothing varies: equal numbers say nothing about the numbers to come.
+        1 if nothing varies, since equal numbers say nothing about further numbers.
         """
         if self.error == 0:
             return 1.0
@@ -168,7 +168,7 @@ class Components:
     rest: float
 
     def mean(self, seeds: int, items: int, value: float = 0.0) -> Mean:
-        """The mean of so many seeds and items, with its expected error and degrees of freedom."""
+        """The mean over these numbers of seeds and items, with its expected error and degrees of freedom."""
         rest = self.rest / (seeds * items)
         by_seed, by_item = self.seeds / seeds + rest, self.items / items + rest
         return _crossed(value, by_seed, by_item, rest, seeds, items)
