@@ -364,7 +364,7 @@ MUTATIONS = (
         "optimise/training.py",
         'for n, t in checkpoint["state_dict"].items() if n in trained}',
         'for n, t in checkpoint["state_dict"].items()}',
-        "test_optimise.py::test_a_checkpoint_holds_only_what_is_trained",
+        "test_optimise.py::test_a_checkpoint_holds_only_trained_weights",
     ),
     Mutation(
         "a killed training begins its rows again",

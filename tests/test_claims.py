@@ -877,7 +877,7 @@ def test_only_runs_made_after_the_claims_test_them(
 
 
 def test_stages_computed_before_the_claims_do_not_test_them(migrated: Path, tmp_path: Path) -> None:
-    """Stages that a run takes from the store count as what they are, and an unknown origin is no proof."""
+    """Reused stages count by the version that made them; stages of unknown origin do not count."""
     shutil.copy(migrated, tmp_path / "mlflow.db")
     git(tmp_path, "init", "-q")
     before = commit(tmp_path)

@@ -57,7 +57,7 @@ def planned(which: int) -> Plan:
 @pytest.mark.long
 @pytest.mark.parametrize("which", range(4))
 def test_the_effect_that_the_plan_names_is_found_in_80_percent_of_tables(which: int) -> None:
-    """One claim is true, by the effect that the plan names for it; the other three arms are without effect."""
+    """One claim has the effect that the plan names for it; the other three arms have none."""
     rng, found = np.random.default_rng([8, which]), Counter[Outcome]()
     wrong = 0
     effects: list[float | None] = [0.0] * 4

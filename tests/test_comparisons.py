@@ -161,7 +161,7 @@ def test_benjamini_and_hochberg_by_hand_and_by_scipy() -> None:
 
 
 @pytest.mark.parametrize("wrong", [math.nan, -0.1, 1.1])
-def test_corrections_refuse_what_is_not_a_probability(wrong: float) -> None:
+def test_corrections_refuse_values_that_are_not_probabilities(wrong: float) -> None:
     for correct in (holm, benjamini_hochberg):
         with pytest.raises(DataError, match="between 0 and 1"):
             correct([0.1, wrong])

@@ -186,7 +186,7 @@ def test_differences_between_versions_are_reported() -> None:
 
 
 @pytest.mark.parametrize("gone", ["policy", "policy/adapter-01", "policy/adapter-00"])
-def test_a_policy_that_is_not_what_was_written_never_passes_for_the_base_model(gone: str, tmp_path: Path) -> None:
+def test_a_changed_policy_is_never_taken_for_the_base_model(gone: str, tmp_path: Path) -> None:
     """Even if its manifest no longer lists its files."""
     folder = tmp_path / "optimise" / "0123"
     for number in range(2):
@@ -365,7 +365,7 @@ def undamaged(smoke: Path, adapted: Path) -> dict[str, Path]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("damage", list(damages.list_damages())[::22], ids=str)
-def test_a_run_names_what_is_damaged(damage: damages.Damage, undamaged: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_names_damaged_stages(damage: damages.Damage, undamaged: dict[str, Path], tmp_path: Path) -> None:
     """A few of ``python -m tests.damages``."""
     assert damages.try_damage(damage, undamaged[damage.run], tmp_path / "copy", later=True) == ""
 

@@ -242,7 +242,7 @@ def test_equal_samples_are_reported(policy: Policy, saved: Path, world: World, t
 # --- what is kept
 
 
-def test_only_what_is_missing_is_asked(policy: Policy, saved: Path, world: World, tmp_path: Path) -> None:
+def test_only_missing_responses_are_requested(policy: Policy, saved: Path, world: World, tmp_path: Path) -> None:
     """Within a shard too: after a failure only the missing requests are sent."""
     log, sampling = tmp_path / "log", Sampling(shard_size=3)
     with (

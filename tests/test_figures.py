@@ -331,7 +331,7 @@ def parse_latex(text: str) -> None:
     assert not re.search(r"(?<!\\)[#%](?!$)", re.sub(r"\{%\n", "{\n", text), re.MULTILINE)
 
 
-def test_claims_are_a_table_of_their_own(written: Path) -> None:
+def test_claims_are_a_separate_table(written: Path) -> None:
     numbers, words = (written / "table02_rivals.tex").read_text().split("\\end{table*}")[:2]
     assert "\\label{tab:table02_rivals}" in numbers
     assert "Rafailov" not in numbers

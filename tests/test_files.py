@@ -115,7 +115,7 @@ def test_both_forms_of_a_row(file: Path) -> None:
     assert read["r3"].answer is None
 
 
-def test_a_row_without_an_id_is_known_by_its_content(file: Path) -> None:
+def test_a_row_without_an_id_gets_one_from_its_content(file: Path) -> None:
     plain = {"prompt": "Why?", "response": "Because."}
     as_messages = {"messages": [USER, ASSISTANT]}
     names = [set(everything(jsonl(write(file, [row, *pairs(100)])))) for row in (plain, as_messages)]

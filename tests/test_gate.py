@@ -749,7 +749,7 @@ def test_gate_of_a_plain_run_passes_with_every_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_gate_finds_what_is_wrong_with_data_and_judge(tmp_path: Path) -> None:
+def test_gate_finds_errors_in_data_and_judge(tmp_path: Path) -> None:
     """Through the run's own parts: each check gets the objects that the run would use."""
     run, iterations = laid_out()
     data = run.data.read()[0]
@@ -835,7 +835,7 @@ def test_gate_of_a_template_with_arguments(local: Path, tmp_path: Path) -> None:
     fires(of_model(local, tmp_path, "model.template_date=2026-01-31")["model"], "stop", "does not read the clock")
 
 
-def test_gate_finds_what_is_wrong_with_a_model(local: Path, tmp_path: Path) -> None:
+def test_gate_finds_errors_in_a_model(local: Path, tmp_path: Path) -> None:
     settings = json.loads((local / "generation_config.json").read_text())
     (local / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": 5}))
     fires(of_model(local, tmp_path)["EOS of the model"], "stop", "<|assistant|> (5)")

@@ -226,7 +226,7 @@ BROKEN: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def test_every_fault_is_what_it_says() -> None:
+def test_every_fault_is_as_named() -> None:
     assert {*STATUS, *BELOW, *BROKEN, "slow"} == {*MIX, *NEVER}
     texts: dict[str, set[str]] = {}
     with judge_server(max_faults=1000, flood=2, latency=0.005, slow=20) as server:

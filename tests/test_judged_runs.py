@@ -106,7 +106,7 @@ def test_a_run_leaves_its_key_nowhere(migrated: Path, tmp_path: Path) -> None:
     assert SECRET not in "".join(printed)
 
 
-def test_a_plan_says_what_is_new_and_sends_nothing(tmp_path: Path) -> None:
+def test_a_plan_counts_new_questions_and_sends_nothing(tmp_path: Path) -> None:
     with judge_server() as server:
         table = tmp_path / "prices.yaml"
         table.write_text("judge: {input: 1.0, output: 1.0}\n")

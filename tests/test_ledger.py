@@ -337,7 +337,7 @@ while True:
 """
 
 
-def test_what_was_recorded_survives_a_kill(tmp_path: Path) -> None:
+def test_recorded_answers_survive_a_kill(tmp_path: Path) -> None:
     """Every answer that a killed process reported is in the ledger, and all its claims are released."""
     told: set[int] = set()
     for delay in (0.02, 0.05, 0.1):
@@ -393,7 +393,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"this is a text, and a rather long one. " * 40, b"PK\x03\x04" + bytes(2000)])
-def test_a_file_that_is_no_database_is_refused_and_left_alone(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_refused_and_left_alone(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "ledger.sqlite").write_bytes(content)
     look_up, claim = (lambda ledger: ledger.answers(["k"])), (lambda ledger: ledger.claim(["k"]))
     for use in (Ledger.sum_costs, Ledger.rows, look_up, claim):
@@ -642,7 +642,7 @@ def test_the_command_on_an_empty_ledger(tmp_path: Path) -> None:
     assert "all" not in result.stdout.split()
 
 
-def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:
+def test_the_command_names_errors(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no ledger " * 100)
     with sqlite3.connect(tmp_path / "other.db") as db:
         db.execute("CREATE TABLE runs (id INTEGER)")

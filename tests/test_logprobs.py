@@ -175,7 +175,7 @@ def test_score_against_brute_force(
 
 
 @pytest.mark.parametrize("pad_id", [EOS, 17, None])
-def test_score_whatever_the_tokenizer_pads_with(policy: Policy, pad_id: int | None) -> None:
+def test_score_with_any_padding_token(policy: Policy, pad_id: int | None) -> None:
     """Also for a tokenizer without a padding token, such as Llama's."""
     other = Policy(policy.model, words(pad_id))
     assert other.pad_id == (EOS if pad_id is None else pad_id)

@@ -114,7 +114,7 @@ def test_meaningless_settings_are_refused(pair: dict[str, JsonLines], settings: 
         Mix(sources=pair, **settings, **LIMITS)
 
 
-def test_a_source_with_too_few_rows_is_named_with_what_is_possible(pair: dict[str, JsonLines]) -> None:
+def test_a_source_with_too_few_rows_is_named_with_the_possible_number(pair: dict[str, JsonLines]) -> None:
     with pytest.raises(DataError, match=r"data\.weights\.code=1: .*expected at most data\.rows=(\d+)") as raised:
         Mix(sources=pair, weights={"chat": 1, "code": 1}, rows=300, **LIMITS).read()
     found = re.search(r"at most data\.rows=(\d+)", str(raised.value))

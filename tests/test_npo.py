@@ -232,7 +232,7 @@ def test_fixed_noise_against_brute_force(problem: Problem) -> None:
 
 
 @pytest.mark.parametrize("log_std", [-1.0, 1.0, 2.0])
-def test_at_bound_counts_what_is_over_nine_tenths_of_the_bound(problem: Problem, log_std: float) -> None:
+def test_at_bound_counts_entries_over_nine_tenths_of_the_bound(problem: Problem, log_std: float) -> None:
     """Compared with the brute force's count of entries: here none, some and most of them."""
     noise = uneven(max_variance=2.0, start_log_std=log_std)
     _, at_bound = problem.through(noise, seed=0)

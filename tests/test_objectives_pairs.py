@@ -373,7 +373,7 @@ def test_soft_labels_are_finite_where_logarithms_of_probabilities_are_not() -> N
 @pytest.mark.parametrize(
     "objective", [Logistic(beta=0.3), Logistic(beta=0.3, smoothing=0.2), Refined(beta=0.3, alpha=0.4)]
 )
-def test_step_zero_costs_ln_2_whatever_the_labels(objective: Objective, strength: float) -> None:
+def test_step_zero_costs_ln_2_for_all_labels(objective: Objective, strength: float) -> None:
     known = facts([strength] * 2)._replace(suspect_B=torch.tensor([0.0, 1.0], dtype=torch.float64))
     assert_equal(objective(pairs(POLICY), pairs(POLICY), known), [math.log(2)] * 2, atol=1e-15)
 
@@ -498,7 +498,7 @@ def test_equal_weights_leave_the_bits_of_the_plain_mean(count: int) -> None:
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
-def test_the_noise_term_is_logistic_whatever_the_objective(name: str) -> None:
+def test_the_noise_term_is_logistic_under_every_objective(name: str) -> None:
     """Hard, logistic and weighted: noise lowers the margin under every objective with a reference."""
     policy, reference, known = random_pairs()
     known = known._replace(weight_B=torch.tensor([1.0, 0.5, 2.0, 1.0, 0.1, 3.0], dtype=torch.float64))

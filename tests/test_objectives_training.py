@@ -190,7 +190,7 @@ def test_likelihood_is_fine_tuning(make_policy: MakePolicy, world: World, tmp_pa
     assert [row["loss/policy"] for row in history] == pytest.approx([row["loss/policy"] for row in expected], rel=1e-5)
 
 
-def test_only_what_is_read_goes_through_the_model(
+def test_only_responses_that_are_read_go_through_the_model(
     make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens: list[int] = []

@@ -822,7 +822,7 @@ def test_a_stopped_training_continues_with_other_micro_batches(
     assert timeless(undisturbed[1])[6:] != timeless(continued[1])[6:], "and these were"
 
 
-def test_a_checkpoint_holds_only_what_is_trained(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_a_checkpoint_holds_only_trained_weights(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     policy = make_policy()
     policy.model = Lora(rank=2).on(policy.model, seed=0)
     with pytest.raises(Stop):

@@ -291,7 +291,7 @@ def test_a_reply_with_two_numbers_is_never_read() -> None:
             read_score(reply)
 
 
-def test_what_is_read_is_the_only_number_there() -> None:
+def test_a_number_is_read_only_if_it_is_the_only_one() -> None:
     """Random texts of characters from the rules: a text is read only if it contains one number."""
     rng = random.Random(8)
     read = 0
@@ -793,7 +793,7 @@ def test_responses_are_compared_with_the_human_ones_that_are_given(tmp_path: Pat
 
 
 @pytest.mark.parametrize("missing", ["ab", "ba"])
-def test_an_order_without_an_answer_is_no_score(missing: str, tmp_path: Path) -> None:
+def test_an_order_without_an_answer_gives_no_score(missing: str, tmp_path: Path) -> None:
     class Half(Rule):
         def value(self, question: Question) -> float | None:
             return None if question.order == missing else 100.0
@@ -844,7 +844,7 @@ def test_a_forecast_of_comparisons(tmp_path: Path) -> None:
     )
 
 
-def test_a_forecast_is_what_is_asked(tmp_path: Path) -> None:
+def test_a_forecast_equals_the_questions_asked(tmp_path: Path) -> None:
     prompts, responses = rows("one", "two", "one", "human 3")
     for mode in MODES:
         judge = Rule({}, mode)

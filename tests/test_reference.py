@@ -135,7 +135,7 @@ class Counting:
 
 
 @pytest.mark.parametrize("states", [False, True], ids=["scores", "hidden states"])
-def test_only_what_is_missing_is_made_again(
+def test_only_missing_shards_are_made_again(
     states: bool, make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a kill, finished shards do not change, and an incomplete one has another name."""

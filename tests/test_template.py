@@ -274,7 +274,7 @@ def test_text_before_a_response_does_not_depend_on_it() -> None:
         render(tokenizer, ASKED, "a long answer")
 
 
-def test_arguments_of_the_template_are_in_the_key_and_in_what_is_saved(tmp_path: Path, make_policy: Any) -> None:
+def test_arguments_of_the_template_are_in_the_key_and_are_saved(tmp_path: Path, make_policy: Any) -> None:
     policy = make_policy()
     policy.tokenizer = copy.deepcopy(policy.tokenizer)
     policy.tokenizer.chat_template = THINKS
