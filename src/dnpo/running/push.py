@@ -221,7 +221,9 @@ def _card_of_pairs(policy: SavedPolicy, rows: int) -> str:
     from huggingface_hub import DatasetCardData
 
     method = str(policy.summary["choices"].get("method", "unnamed"))
-    content = DatasetCardData(tags=["dnpo", method, "preference"], task_categories=["text-generation"])
+    content = DatasetCardData(
+        tags=list(dict.fromkeys(["dnpo", method, "preference"])), task_categories=["text-generation"]
+    )
     flipped = policy.row.get("pairs/flipped")
     labels = "" if flipped is None else f" In {flipped:,} of them the generated response is the chosen one."
     data = policy.prompt_settings["data"].get("name")
