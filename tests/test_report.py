@@ -23,6 +23,7 @@ from dnpo.escape import HIDDEN
 from dnpo.report.comparison import MEASURES, Items, compare
 from dnpo.report.content import content
 from dnpo.report.groups import group_runs
+from dnpo.report.markdown import render
 from dnpo.report.page import html, make_visible, number, strip_secrets
 from dnpo.report.response import find_responses
 from dnpo.report.selection import select
@@ -58,7 +59,7 @@ TAGS = {
         "figure",
         "img",
     ),
-    *("figcaption", "table", "thead", "tbody", "tr", "th", "td"),
+    *("figcaption", "table", "thead", "tbody", "tr", "th", "td", "pre", "em", "hr", "ol", "blockquote"),
 }
 ATTRIBUTES = {
     *("lang", "charset", "http-equiv", "content", "name", "class", "id", "href", "src", "alt", "dir", "tabindex"),
@@ -170,7 +171,7 @@ class Lab:
             file = self.folder / "scratch" / path
             file.parent.mkdir(parents=True, exist_ok=True)
             writer(file)
-            tracking.artifact(file, str(Path(path).parent))
+            tracking.artifact(file, path.rpartition("/")[0])
         if table is not None:
             file = self.folder / "summary.json"
             file.write_text(json.dumps({"table": list(table), **(summary or {})}))
@@ -237,10 +238,10 @@ def test_a_sweep_is_compared_over_items_and_seeds_with_stars_by_the_corrected_te
         assert f"{found[method].mean():.1f} ±" in page.text
     assert [p <= 0.05 for p in holm(ps)] == [True, False]
     assert "after Holm's correction over 2 tests different from spin: dnpo at k = 1" in page.text
-    assert text.count('class="n star"') == 1  # and none at k = 0, where all have the same policy
+    # once at the top and once in the tables; none at k = 0, where all have the same policy
+    assert text.count('class="n star"') == 2
     assert "varies method" in page.text
     assert "seeds 0, 1, 2" in page.text
-    assert "No claim was tested" in page.text
     assert "Missing:" not in page.text
 
 
@@ -306,6 +307,80 @@ def test_runs_are_labelled_by_the_fewest_settings_and_a_rerun_counts_once(lab: L
     assert [group.label for group in groups.groups] == ["npo.alpha=0.01", "npo.alpha=0.1"]
     assert [group.seeds for group in groups.groups] == [[0, 1], [0, 1]]
     assert groups.missing == ("Left out, because a newer run has the same settings and seed: 2 runs.",)
+
+
+def sections(text: str) -> dict[str, str]:
+    """The content below each heading, by the heading's id, and the part before the first one."""
+    parts = re.split(r'<h2 id="(\w+)">', text.partition("<body>")[2])
+    return {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+
+
+def test_a_page_begins_with_one_sentence_one_figure_and_one_table_and_ends_with_the_settings(lab: Lab) -> None:
+    paired_runs(lab, (0, 1, 2), {"spin": 0.0, "dnpo": 10.0, "npo": 0.0})
+    run = Database(lab.uri).runs()[-1]
+    for given, title, names in (
+        ("main", "main: 3 settings of method", "last policy of score difference dnpo"),
+        (run.id, "npo, seed 2", "policy score k = 0"),
+    ):
+        text, _ = lab.page(given)
+        parts = sections(text)
+        assert list(parts)[-1] == "settings"
+        first = parts[""]
+        places = [first.index(each) for each in ('<div class="outcome">', "<figure>", "<table>", '<dl class="facts">')]
+        assert places == sorted(places)
+        assert (first.count("<figure>"), first.count("<table>"), first.count('<div class="outcome">')) == (1, 1, 1)
+        page = Page(first)
+        assert names in page.text
+        assert f"<h1><bdi>{title}</bdi></h1>" in first
+        assert re.search(rf"<title>{title} · dnpo (sweep|run)</title>", text)
+        for name, content_below in parts.items():
+            assert len(Page(content_below).text.split()) > 3, f"{name} is empty"
+        assert "claims" not in parts, "no claim was tested"
+        links = set(re.findall(r'<a href="#(\w+)">', first))
+        assert links == set(parts) - {""}
+    best = re.search(r"dnpo is best with (\S+) ± \S+ points of 100 \(\+(\S+) ± ", Page(lab.page("main")[0]).text)
+    assert best
+    assert 8 < float(best[2]) < 12
+
+
+def test_a_note_is_shown_as_markdown_without_links_and_pictures() -> None:
+    note = (
+        "### dnpo, seed 1\n\n**Done**: 50.0 to 53.2.\n\n| score | KS |\n| --- | ---: |\n| a\\|b | 0.25 |\n\n"
+        "- one\n\nTo draw it:\n\n"
+        "    dnpo report x\n\n![comparison](get-artifact?path=x) \n\n[link](http://x) <b>raw</b> ![x](http://y)"
+    )
+    text = render(note)
+    page = Page(text)
+    assert "<strong>Done</strong>: 50.0 to 53.2." in text
+    assert '<td>a|b</td>\n<td class="n">0.25</td>' in text
+    assert "<li>one</li>" in text
+    assert "<pre><code>dnpo report x" in text
+    assert "dnpo, seed 1" not in page.text, "the page has it as its title"
+    assert not {"a", "img", "b"} & page.tags
+    assert "[link](http://x) <b>raw</b>" in page.text
+
+
+def answered(path: Path) -> None:
+    """A table of answers to two prompts."""
+    rows = [["a", "How many?", "Two.", "One.", 20.0, "Two.", None], ["b", EVIL, EVIL, EVIL, 1.0, EVIL, 2.0]]
+    columns = ["id", "prompt", "human", "SFT", "SFT, score", "iteration 0", "iteration 0, score"]
+    path.write_text(json.dumps({"columns": columns, "data": rows}))
+
+
+def test_samples_have_links_of_their_own_and_can_be_folded(lab: Lab) -> None:
+    lab.run("method=dnpo", [{"iteration": "SFT", "eval/score": 1.0}], files={"samples.json": answered})
+    (run,) = Database(lab.uri).runs()
+    text, page = lab.page(run.id)
+    check_harmless(page)
+    shown = sections(text)["samples"]
+    assert shown.count("<details") == 2
+    assert "How many? #1 How many? human Two. 20.0 SFT One. iteration 0 Two." in Page(shown).text
+    ids = {value for _, name, value in page.attributes if name == "id"}
+    links = {value for _, name, value in page.attributes if name == "href"}
+    assert {"sample-1", "sample-2"} <= ids
+    assert {link.removeprefix("#") for link in links} <= ids, "every link leads somewhere"
+    # a browser opens what is folded only if the target is inside
+    assert re.search(r'<details[^>]*><summary>[^<]*</summary>\s*<div class="pair" id="sample-2">', shown)
 
 
 def search(lab: Lab, settings: Sequence[Mapping[str, float]]) -> None:
@@ -492,12 +567,25 @@ def test_a_browser_runs_no_script_and_requests_nothing(lab: Lab) -> None:
         page.goto(path.as_uri())
         page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
         page.wait_for_timeout(200)
+        tiles = page.evaluate("[...document.querySelectorAll('.tile *')].every(e => e.scrollWidth <= e.clientWidth)")
+        drawn = page.evaluate(
+            "[...document.images].filter(i => i.src.startsWith('data:image/svg')).map(i => i.width / i.naturalWidth)"
+        )
+        assert tiles
+        assert min(drawn) > 0.75, "letters of 9.5 points are not much smaller on a phone"
         broken = page.evaluate("[...document.images].filter(each => !each.naturalWidth).length")
         width = page.evaluate("document.documentElement.scrollWidth")
+        page.emulate_media(media="print", color_scheme="dark")
+        page.set_viewport_size({"width": 690, "height": 1000})  # paper of 21 cm less its margins
+        wide = "e => e.scrollWidth > e.parentElement.clientWidth + 1"
+        cut = page.evaluate(f"[...document.querySelectorAll('.scroll')].filter({wide}).length")
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         browser.close()
     assert [event for event in events if not event.startswith(("data:image/", path.as_uri()))] == []
     assert broken == 0
     assert width <= 390
+    assert cut == 0, "columns that paper cuts"
+    assert paper == "rgb(255, 255, 255)", "also where the screen is dark"
 
 
 def test_numbers_times_and_addresses_are_readable() -> None:
@@ -608,7 +696,8 @@ def test_a_real_sweep_shows_its_pictures_pairs_and_lineage(trained: Path, monkey
         "Policy loss",
         "Noise",
     ):
-        assert sum(each.startswith(title) for each in titles) == 1, title
+        twice = title.startswith("Judge")  # also at the top of the page
+        assert sum(each.startswith(title) for each in titles) == 1 + twice, title
     assert sum("responses under the policy after iteration 1" in each for each in titles) == 2
     run = selection.runs[-1]
     for stage in run.summary["stages"]:

@@ -154,7 +154,7 @@ def write_css() -> str:
     """Write the colours of pages as CSS custom properties such as ``--ink``, for light and for dark pages."""
     light = {"paper": PAPER, "on-paper": ON_PAPER, "card": "var(--paper)", "soft": "var(--on-paper)", **LIGHT}
     light |= {name: SAMPLES[name] for name in ("chosen", "rejected")}
-    dark = f"@media (prefers-color-scheme: dark) {{\n{_write_properties(DARK)}\n}}"
+    dark = f"@media screen and (prefers-color-scheme: dark) {{\n{_write_properties(DARK)}\n}}"
     return f"{_write_properties(light)}\n{dark}"
 
 

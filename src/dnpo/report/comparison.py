@@ -38,9 +38,10 @@ FLIPS = ReportMeasure(metric("pairs/flips"))
 
 @dataclass
 class Items:
-    """Results by held-out prompt; each file is read once."""
+    """Results by held-out prompt; each file is read once, and each mean computed once."""
 
     _kept: dict[tuple[str, str], pa.Table | None] = field(default_factory=dict)
+    _means: dict[tuple[str, int | str, str], dict[str, float]] = field(default_factory=dict)
 
     def table(self, run: TrackedRun, iteration: int | str) -> pa.Table | None:
         """Return the rows of one policy; None if none were tracked."""
@@ -52,10 +53,12 @@ class Items:
 
     def of(self, run: TrackedRun, iteration: int | str, measure: ReportMeasure) -> dict[str, float]:
         """Return the mean over samples by prompt: NaN for prompts without one, empty if the measure has no items."""
-        rows = self.table(run, iteration) if measure.kind else None
-        if rows is None or measure.column not in rows.column_names:
-            return {}
-        return by_prompt(rows, measure.kind, measure.column)
+        key = (run.id, iteration, measure.metric.name)
+        if key not in self._means:
+            rows = self.table(run, iteration) if measure.kind else None
+            there = rows is not None and measure.column in rows.column_names
+            self._means[key] = by_prompt(rows, measure.kind, measure.column) if rows is not None and there else {}
+        return self._means[key]
 
 
 @dataclass(frozen=True)

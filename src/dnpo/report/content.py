@@ -2,15 +2,19 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from dnpo.palette import SERIES, choose_looks
-from dnpo.report import labels, origins, outcome
-from dnpo.report.comparison import MEASURES, Items, compare
+from dnpo.report import figures, labels, origins, outcome
+from dnpo.report.comparison import MEASURES, Items, MeasureComparison, compare
+from dnpo.report.figures import Picture
 from dnpo.report.groups import Group, Groups, Member, describe_state, group_runs, is_complete, iteration_title, rows_of
+from dnpo.report.markdown import render
 from dnpo.report.page import day, strip_secrets
-from dnpo.report.pictures import find_analysis_pictures, pictures
+from dnpo.report.pictures import OVER_ITERATIONS, OVER_SETTINGS, find_analysis_pictures, pictures
 from dnpo.report.selection import Selection
 from dnpo.tracking.reading import SWEEP, TrackedRun
 from dnpo.wording import plural
@@ -31,35 +35,64 @@ def content(selection: Selection, uri: str) -> dict[str, Any]:
     shown = choose_looks({group.label: group.options for group in groups.groups[: len(SERIES)]})
     lineage = origins.lineage(runs, selection.own if sweep else None)
     claims, why = _claims(selection.own) if sweep else ([], "")
+    drawn = pictures(groups, shown, items, not sweep)
     member = groups.groups[0].members[0] if groups.groups else None
+    alone = None if sweep else member
     return {
         "sweep": sweep,
-        "name": selection.name,
+        "name": _title(selection, groups),
+        "called": selection.name,
         "state": _state(selection, groups),
         "facts": _facts(selection, groups, lineage),
         "outcome": outcome.of_sweep(groups, compared) if sweep else outcome.of_run(member, items) if member else [],
-        "parts": [selection.left_out] * bool(selection.left_out) if sweep else _list_caveats(runs[0]),
+        "first": outcome.rank(groups, compared) if sweep else None,
+        "lead": _lead(groups, compared, drawn, sweep),
+        "parts": [each for each in (selection.left_out, why) if each] if sweep else _list_caveats(runs[0]),
         "missing": groups.missing,
-        "tiles": [] if sweep or member is None else outcome.tiles(member, items),
+        "tiles": outcome.tiles(alone, items) if alone else [],
         "groups": groups,
         "settings": origins.settings(runs, groups),
         "notes": _notes(selection),
         "claims": claims,
-        "no_claims": why,
         "looks": shown if len(shown) > 1 else {},
         "undrawn": len(groups.groups) - len(shown),
-        "pictures": pictures(groups, shown, items, not sweep),
+        "pictures": drawn,
         "brought": find_analysis_pictures(selection.own) if sweep else [],
-        "tables": [] if sweep or member is None else outcome.tables(member),
+        "brief": outcome.brief(alone) if alone else None,
+        "tables": outcome.tables(alone) if alone else [],
         "compared": compared,
         "everything": outcome.everything(groups),
         "examples": labels.examples(groups, not sweep),
+        "samples": labels.samples(alone.run) if alone else [],
         "judges": labels.judges(groups, items),
         "costs": origins.costs(runs),
         "lineage": lineage,
         "uri": strip_secrets(uri),
         "written": day(1000 * time.time()),
     }
+
+
+def _title(selection: Selection, groups: Groups) -> str:
+    """Return the title of the page: what varies in a sweep, or a run's method and seed."""
+    if not selection.sweep:
+        run = selection.runs[0]
+        method = run.option("method")
+        return f"{method}, seed {run.tags.get('dnpo.seed', '?')}" if method else run.name
+    count = len(groups.groups)
+    varies = ", ".join(groups.varies)
+    return f"{selection.name}: {plural(count, 'setting')} of {varies}" if varies and count > 1 else selection.name
+
+
+def _lead(
+    groups: Groups, compared: Sequence[MeasureComparison], drawn: Sequence[tuple[str, list[Picture]]], sweep: bool
+) -> Picture | None:
+    """Return the figure that the page begins with: the response to a setting, all settings, or a run's iterations."""
+    by_heading = dict(drawn)
+    ranking = outcome.rank(groups, compared) if sweep else None
+    if ranking is not None and OVER_SETTINGS not in by_heading and len(groups.groups) > len(SERIES):
+        return figures.by_settings(ranking)
+    some = by_heading.get(OVER_SETTINGS) or by_heading.get(OVER_ITERATIONS)
+    return some[0] if some else None
 
 
 def _group_alone(run: TrackedRun) -> Groups:
@@ -89,11 +122,11 @@ def _list_caveats(run: TrackedRun) -> list[str]:
     return []
 
 
-def _notes(selection: Selection) -> list[str]:
+def _notes(selection: Selection) -> list[Markup]:
     """Return the note of the run or sweep in MLflow, if there is one."""
     chosen = selection.own or selection.runs[0]
     text = chosen.tags.get("mlflow.note.content", "").strip()
-    return [text] if text else []
+    return [render(text)] if text else []
 
 
 def _facts(selection: Selection, groups: Groups, lineage: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -119,10 +152,10 @@ def _facts(selection: Selection, groups: Groups, lineage: Mapping[str, Any]) -> 
 
 
 def _claims(own: TrackedRun | None) -> tuple[list[dict[str, Any]], str]:
-    """Return the claim table that was tracked with the sweep; if there is none, the reason."""
+    """Return the claim table that was tracked with the sweep, or what is wrong with it; neither if there is none."""
     path = own.artifact("analysis/claims.json") if own is not None else None
     if path is None:
-        return [], "No claim was tested on this sweep yet"
+        return [], ""
     try:
         rows = [{name: row.get(name) for name in CLAIM} for row in json.loads(path.read_text())["claims"]]
     except (ValueError, AttributeError, TypeError, KeyError):

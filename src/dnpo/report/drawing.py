@@ -232,19 +232,22 @@ def describe_movement(row: Mapping[str, Any]) -> str:
     return f"{distance.title}: {distance.format(row[distance.name])}{limit}"
 
 
-def logprob_histogram(logprobs: Path, path: Path, title: str, note: str) -> None:
+def logprob_histogram(logprobs: Path, path: Path, title: str, note: str, stacked: bool = False) -> None:
     """Draw histograms of the log-probabilities (nats) of chosen, rejected and new responses under one policy.
 
-    The left panel shows sums over the response, the right one means per token.
+    The first panel shows sums over the response, the second one means per token.
 
     Args:
         logprobs: file written by :func:`dnpo.evaluate.metrics.evaluate`.
         path: file to write.
         title, note: text above and below the histograms.
+        stacked: whether the panels are one below the other, for narrow screens.
     """
     values = np.load(logprobs)
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2)
+    figure = Figure(figsize=(4.2, 4.6)) if stacked else Figure(figsize=(9, 3.6), layout="constrained")
+    if stacked:  # a computed layout would draw everything twice
+        figure.subplots_adjust(left=0.14, right=0.985, bottom=0.1, top=0.9, hspace=0.32)
+    panels = figure.subplots(2, 1) if stacked else figure.subplots(1, 2)
     for axis, per_token in zip(panels, (False, True), strict=True):
         shown = {}
         for name in SAMPLES:
@@ -268,6 +271,7 @@ def logprob_histogram(logprobs: Path, path: Path, title: str, note: str) -> None
         axis.set_ylabel("density")
         axis.legend(frameon=False, fontsize=8, loc="upper left")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=11)
-    figure.supxlabel(note, fontsize=8)
+    figure.suptitle("\n".join(textwrap.wrap(title, 52)) if stacked else title, fontsize=9.5 if stacked else 11)
+    if note:
+        figure.supxlabel(note, fontsize=8)
     figure.savefig(path, dpi=120)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -15,12 +15,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dnpo.catalogue import Metric
-from dnpo.palette import BREAK, EDGE, GRID, HUMAN, Look
+from dnpo.palette import BREAK, EDGE, GRID, HUMAN, OTHER, Look
 from dnpo.report.drawing import draw_response, logprob_histogram
 from dnpo.report.page import make_visible
 from dnpo.report.response import Response
 from dnpo.stats.intervals import Estimate
 from dnpo.tracking.reading import SFT
+
+if TYPE_CHECKING:
+    from dnpo.report.outcome import Ranking
 
 PLAIN: Any = {
     "svg.fonttype": "path",
@@ -40,7 +43,8 @@ PLAIN: Any = {
     "lines.linewidth": 1.7,
     "lines.markersize": 5.5,
 }
-SIZE = (5.0, 3.2)  # inches
+SIZE = (4.2, 2.9)  # inches; a phone shows them at about this size
+LONGEST_LABEL = 30  # characters of a label in a figure
 TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -106,6 +110,27 @@ def over_iterations(
         return _svg(figure, metric.title, caption)
 
 
+def by_settings(found: "Ranking") -> Picture:
+    """Draw the last policies' means of many settings, a row each, the best first."""
+    metric, count = found.measure.metric, len(found.rows)
+    with matplotlib.rc_context({**PLAIN, "font.size": 8.5}):
+        figure = Figure(figsize=(SIZE[0], 0.9 + 0.19 * count), layout="constrained")
+        axis = figure.subplots()
+        for place, (_, estimate, _, _) in enumerate(found.rows):
+            if estimate.low is not None and estimate.high is not None:
+                ends = [metric.scale * estimate.low, metric.scale * estimate.high]
+                axis.plot(ends, [place, place], color=OTHER.colour, linewidth=1.2)
+            axis.plot(metric.scale * estimate.value, place, color=OTHER.colour, marker="o")
+        names = [
+            make_visible(label if len(label) <= LONGEST_LABEL else f"{label[:LONGEST_LABEL]}…")
+            for label, *_ in found.rows
+        ]
+        axis.set_yticks(range(count), names)
+        axis.set_ylim(count - 0.4, -0.6)
+        axis.set_xlabel(metric.axis)
+        return _svg(figure, f"{metric.title} by settings", "The last policy of each setting. Bars: 95 % intervals.")
+
+
 def response(found: Response) -> Picture:
     """Draw a measure of the last policies over a setting that takes several numbers."""
     metric = found.measure.metric
@@ -163,8 +188,8 @@ def histogram(logprobs: Path, title: str, note: str) -> Picture:
     with tempfile.TemporaryDirectory() as folder, matplotlib.rc_context(plain), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # raised for letters that the font lacks
         path = Path(folder) / "logprobs.svg"
-        logprob_histogram(logprobs, path, title, "")
-        return Picture(_uri(path.read_bytes(), ".svg"), title, note, wide=True)
+        logprob_histogram(logprobs, path, title, "", stacked=True)
+        return Picture(_uri(path.read_bytes(), ".svg"), title, note)
 
 
 def png(path: Path) -> Picture | None:
@@ -175,7 +200,8 @@ def png(path: Path) -> Picture | None:
 
 
 def _blank(metric: Metric) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE, layout="constrained")
+    figure = Figure(figsize=SIZE)  # a computed layout would draw everything twice
+    figure.subplots_adjust(left=0.175, right=0.985, bottom=0.165, top=0.915)
     axis = figure.subplots()
     axis.set_title(metric.title)
     axis.set_ylabel(metric.unit or metric.symbol or metric.label)

@@ -17,6 +17,8 @@ from dnpo.report.page import format_value
 from dnpo.tracking.reading import SFT, TrackedRun, iteration_name
 
 FLIPPED, KEPT = 4, 2  # examples per iteration of a single run
+MOST_SAMPLES = 20  # held-out prompts whose answers are shown
+SCORE = ", score"  # end of a column's name in samples.json
 FEW_FLIPPED, FEW_KEPT = 2, 1  # examples per iteration of a sweep's group
 
 
@@ -104,6 +106,34 @@ def _author(source: str) -> str:
         return "written by a person"
     kind, _, number = source.partition("@")
     return f"generated in iteration {number}" if kind == "policy" and number else source
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The answers of a run's policies to one held-out prompt: titles and texts, with scores as text."""
+
+    prompt: str
+    answers: tuple[tuple[str, str, str], ...]
+
+
+def samples(run: TrackedRun) -> list[Sample]:
+    """Return the answers to the first held-out prompts, as the run tracked them; none of earlier versions."""
+    path = run.artifact("samples.json")
+    if path is None:
+        return []
+    table = json.loads(path.read_text(encoding="utf-8"))
+    columns = [str(name) for name in table["columns"]]
+    found = []
+    for row in table["data"][:MOST_SAMPLES]:
+        cells = dict(zip(columns, row, strict=True))
+        titles = [name for name in columns if name not in ("id", "prompt") and not name.endswith(SCORE)]
+        answers = [(name, str(cells[name] or ""), _score(cells.get(f"{name}{SCORE}"))) for name in titles]
+        found.append(Sample(str(cells["prompt"]), tuple(answers)))
+    return found
+
+
+def _score(value: Any) -> str:
+    return format_value(value, metric("eval/score")) if isinstance(value, int | float) else ""
 
 
 # Columns of a run's table that concern its verdicts.

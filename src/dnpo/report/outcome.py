@@ -1,6 +1,7 @@
 """Show the results in sentences, in large numbers, and in tables of single runs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dnpo import catalogue
@@ -20,6 +21,7 @@ TRAINING = (
     *("pairs/pairs", "pairs/flips", "labels/noise", "logps/chosen", "logps/rejected", "logps/new", "stagnation/ks"),
     *("loss/policy", "loss/noise", "npo/variance", "margin/saturation"),
 )
+MOST_RANKED = 30  # rows of the first table
 MOST_NAMED = 8  # groups whose numbers fit in a sentence
 
 
@@ -56,6 +58,55 @@ def of_sweep(groups: Groups, compared: Sequence[MeasureComparison]) -> list[str]
     if groups.groups and len({seed for group in groups.groups for seed in group.seeds}) == 1:
         sentences.append("There is only one seed: the variation between repeated trainings is unknown.")
     return sentences
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The settings of a sweep by one measure of their last policies, the best first.
+
+    Attributes:
+        rows: for each its label, the mean with its interval, the mean as text, and the difference from the baseline.
+        more: number of settings that are not among the rows.
+    """
+
+    measure: ReportMeasure
+    baseline: str
+    rows: tuple[tuple[str, Estimate, str, str], ...]
+    more: int
+
+    @property
+    def sentence(self) -> str:
+        """The best setting, and its difference from the baseline."""
+        label, _, mean, difference = self.rows[0]
+        words = f"{self.measure.metric.title}, last policies: {label} is best with {mean} {self.measure.metric.unit}"
+        apart = f" ({difference.rstrip('*')} from {self.baseline})" if difference else ""
+        return f"{words.rstrip()}{apart}."
+
+    @property
+    def differ(self) -> bool:
+        """Whether any row has a difference from the baseline."""
+        return any(difference for *_, difference in self.rows)
+
+
+def rank(groups: Groups, compared: Sequence[MeasureComparison]) -> Ranking | None:
+    """Order the settings by the first measure; None if there is none."""
+    if not compared:
+        return None
+    each = compared[0]
+    metric = each.measure.metric
+    apart = {row.label: row.shown for row in each.differences.rows} if each.differences else {}
+    columns = list(each.differences.columns) if each.differences else []
+    rows = []
+    for row in each.means.rows:
+        measured = [(column, cell) for column, cell in zip(each.means.columns, row.shown, strict=True) if cell]
+        if not measured:
+            continue
+        column, shown = measured[-1]
+        differences = apart.get(row.label)
+        difference = differences[columns.index(column)] if differences and column in columns else None
+        rows.append((row.label, shown.cell.estimate, shown.text, difference.text if difference else ""))
+    rows.sort(key=lambda entry: entry[1].value, reverse=metric.better == "higher")
+    return Ranking(each.measure, each.baseline, tuple(rows[:MOST_RANKED]), max(len(rows) - MOST_RANKED, 0))
 
 
 def _numbers(shown: Sequence[Group], groups: Groups, measure: ReportMeasure) -> str:
@@ -104,25 +155,31 @@ def tiles(member: Member, items: Items) -> list[dict[str, str]]:
     return result
 
 
-def tables(member: Member) -> list[tuple[str, list[str], list[tuple[str, list[str]]]]]:
-    """Return a run's tables, one row per policy: heading, columns, and rows with their labels."""
-    result = []
-    for heading, candidates in (
-        ("How good the policies are", QUALITY),
-        ("What they were trained on, and how", TRAINING),
-    ):
-        names = [name for name in candidates if any(isinstance(row.get(name), int | float) for row in member.rows)]
-        columns = [catalogue.metric(name) for name in names]
-        rows = [
-            (
-                iteration_title(row["iteration"]),
-                [format_value(row.get(column.name), column) for column in columns],
-            )
-            for row in member.rows
-        ]
-        if columns:
-            result.append((heading, [column.heading for column in columns], rows))
-    return result
+RunTable = tuple[str, list[str], list[tuple[str, list[str]]]]  # heading, columns, and rows with their labels
+
+
+def brief(member: Member) -> RunTable | None:
+    """Return the table of the metrics by which runs are compared, one row per policy; None if it has none."""
+    return _table("", member, catalogue.COMPARED)
+
+
+def tables(member: Member) -> list[RunTable]:
+    """Return a run's tables, one row per policy."""
+    result = [
+        _table("How good the policies are", member, QUALITY),
+        _table("What they were trained on, and how", member, TRAINING),
+    ]
+    return [each for each in result if each is not None]
+
+
+def _table(heading: str, member: Member, candidates: Sequence[str]) -> RunTable | None:
+    names = [name for name in candidates if any(isinstance(row.get(name), int | float) for row in member.rows)]
+    columns = [catalogue.metric(name) for name in names]
+    rows = [
+        (iteration_title(row["iteration"]), [format_value(row.get(column.name), column) for column in columns])
+        for row in member.rows
+    ]
+    return (heading, [column.heading for column in columns], rows) if columns else None
 
 
 def everything(groups: Groups) -> list[dict[str, Any]]:

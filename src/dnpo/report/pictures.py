@@ -16,6 +16,7 @@ from dnpo.report.response import find_responses
 from dnpo.stats.intervals import Estimate
 from dnpo.tracking.reading import SFT, TrackedRun, iteration_name
 
+OVER_ITERATIONS, OVER_SETTINGS = "Over iterations", "Over settings"
 STEPS = (
     *("loss/policy", "loss/noise", "margin/saturation"),
     *("rollout/reward", "rollout/kl", "rollout/entropy", "rollout/flips", "rollout/stale", "rollout/age"),
@@ -33,11 +34,11 @@ def pictures(groups: Groups, looks: Mapping[str, Look], items: Items, single: bo
     shown = [group for group in groups.groups if group.label in looks]
     sections = [
         (
-            "Over iterations",
+            OVER_ITERATIONS,
             [p for m in (*MEASURES, FLIPS) if (p := _over_iterations(shown, groups, looks, m, items))],
         ),
         (
-            "Over settings",
+            OVER_SETTINGS,
             [] if single else [figures.response(r) for m in MEASURES for r in find_responses(groups, m, items)],
         ),
         ("Over training steps", [] if groups.branching else _over_steps(shown, looks)),
@@ -58,7 +59,8 @@ def _over_iterations(
 ) -> Picture | None:
     lines = [Line(looks[group.label], _points(group, groups, measure, items)) for group in shown]
     lines = [line for line in lines if line.points]
-    if not lines:
+    nothing = measure is FLIPS and not any(estimate.value for line in lines for _, estimate in line.points)
+    if not lines or nothing:
         return None
     human = [
         value
@@ -98,7 +100,7 @@ def _over_steps(shown: Sequence[Group], looks: Mapping[str, Look]) -> list[Pictu
     breaks = _breaks(shown)
     for name in STEPS:
         histories = {
-            looks[group.label]: [run for m in group.members if (run := m.run.history(name))] for group in shown
+            looks[group.label]: [run for m in group.members if (run := m.run.over_steps(name))] for group in shown
         }
         histories = {look: runs for look, runs in histories.items() if runs}
         if histories:

@@ -110,10 +110,17 @@ class TrackedRun:
         by_step |= {int(p.step): float(p.value) for p in sorted(points, key=lambda p: p.timestamp)}
         return sorted(by_step.items())
 
+    def over_steps(self, metric: str) -> list[tuple[int, float]]:
+        """Return a metric of training steps, as :meth:`history`, but from the run's files: one query less for each."""
+        return sorted(self._read_rows(metric)) or self.history(metric)
+
     def _read_cached_steps(self, metric: str) -> Iterator[tuple[int, float]]:
         """Yield the training steps of reused stages. Another run tracked them, but this run keeps their files too."""
-        if not any(name.startswith(STEPS_OF) for name in self.tags):
-            return
+        if any(name.startswith(STEPS_OF) for name in self.tags):
+            yield from self._read_rows(metric)
+
+    def _read_rows(self, metric: str) -> Iterator[tuple[int, float]]:
+        """Yield a metric from the files with the rows of the run's trainings."""
         sft, like = catalogue.SFT.prefix, catalogue.LIKE.prefix
         if metric.startswith(sft):
             yield from _values(self._rows("steps", SFT) or [], metric.removeprefix(sft), 0)
@@ -130,9 +137,15 @@ class TrackedRun:
 
     def _rows(self, kind: str, iteration: int | str) -> list[dict[str, float]] | None:
         """Return the rows of a training's steps; None if this iteration has no training."""
-        path = self.artifact(f"{kind}/{iteration_name(iteration)}.json")
-        rows: list[dict[str, float]] | None = None if path is None else json.loads(path.read_text())
-        return rows
+        if (kind, iteration) not in self._steps:
+            path = self.artifact(f"{kind}/{iteration_name(iteration)}.json")
+            self._steps[kind, iteration] = None if path is None else json.loads(path.read_text())
+        return self._steps[kind, iteration]
+
+    @cached_property
+    def _steps(self) -> dict[tuple[str, int | str], list[dict[str, float]] | None]:
+        """The rows of trainings that were read."""
+        return {}
 
     def artifact(self, path: str) -> Path | None:
         """Return a local, read-only path to a tracked file, downloading it if necessary; None if there is none."""
