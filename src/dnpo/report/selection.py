@@ -42,9 +42,10 @@ def select(database: Database, given: str) -> Selection:
     Raises:
         DataError: nothing matches, or more than one run does.
     """
+    named = database.find_named_sweep(given)
+    if named:
+        return _newest(database, named)
     runs = database.runs()
-    if given in database.sweeps():
-        return _newest(database, database.runs(sweeps=[given]))
     folder = Path(given)
     if given and folder.is_dir():
         of_sweep = _sweep_of_folder(database, folder, runs)

@@ -272,9 +272,26 @@ class Database:
         """Return the number of runs of each named sweep."""
         return dict(Counter(run.tags[SWEEP] for run in self._all if run.tags.get(KIND) == "run" and SWEEP in run.tags))
 
+    def find_named_sweep(self, name: str) -> list[TrackedRun]:
+        """Return the training runs of all sweeps of this name, oldest first, without reading the other runs."""
+        if not name or set(name) & {"'", '"', "`"}:  # they cannot be quoted in a filter
+            return []
+        named = f"tags.`{SWEEP}` = '{name}' and tags.`{KIND}` = 'run'"
+        found = [_run(each, self.client) for each in _search(self.client, self.experiment_id, named)]
+        return sorted(found, key=lambda run: run.started)
+
     def parent(self, run: TrackedRun) -> TrackedRun | None:
         """Return the parent run of the sweep that a run belongs to; None if it belongs to none."""
-        return next((each for each in self._all if each.id == run.tags.get(PARENT)), None)
+        from mlflow.exceptions import MlflowException
+
+        id = run.tags.get(PARENT)
+        if id is None or "_all" in vars(self):
+            return next((each for each in self._all if each.id == id), None) if id else None
+        try:
+            found = self.client.get_run(id)
+        except MlflowException:
+            return None
+        return _run(found, self.client) if found.info.lifecycle_stage == "active" else None
 
     def _find_by_sweep(self, sweep: str, every: Sequence[TrackedRun]) -> list[TrackedRun]:
         parents = {
@@ -328,11 +345,11 @@ def _connect(uri: str) -> Any:
     return connect(make_absolute(uri))
 
 
-def _search(client: Any, experiment: str) -> Iterator[Any]:
-    """Yield all runs of an experiment that are not deleted."""
+def _search(client: Any, experiment: str, among: str = "") -> Iterator[Any]:
+    """Yield all runs of an experiment that are not deleted, and that a filter of MLflow's finds."""
     page = None
     while True:
-        found = client.search_runs([experiment], max_results=1000, page_token=page)
+        found = client.search_runs([experiment], among, max_results=1000, page_token=page)
         yield from found
         page = found.token
         if not page:
