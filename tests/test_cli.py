@@ -14,9 +14,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from dnpo import __version__, cli
-from dnpo.cli import VERBS
 from dnpo.commands.explain import describe
 from dnpo.commands.grammar import parse, refuse_dashes
+from dnpo.commands.verbs import VERBS
 from dnpo.errors import SettingsError
 from dnpo.settings import _parameters, is_part, locate
 from tests.commands import run_command

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dnpo.cli import VERBS, main
+from dnpo.cli import main
 from dnpo.commands.completion import COMPOSED, SCRIPTS, complete
+from dnpo.commands.verbs import VERBS
 
 
 @pytest.mark.parametrize(

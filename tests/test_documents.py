@@ -21,10 +21,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 import dnpo as laboratory
-from dnpo.cli import VERBS
 from dnpo.cli import main as dnpo
 from dnpo.commands import agreement, common, evaluate, leaderboard, reward, train
 from dnpo.commands.grammar import refuse_dashes, with_dashes
+from dnpo.commands.verbs import VERBS
 from dnpo.settings import check, check_values, conf_folder
 from tests.commands import SMOKE, TINY
 

@@ -13,6 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 
 from dnpo.commands.grammar import COMPLETES, HELP
+from dnpo.commands.verbs import VERBS
 from dnpo.escape import say
 from dnpo.settings import conf_folder
 
@@ -67,8 +68,6 @@ def complete(line: str) -> list[str]:
     Args:
         line: the line up to the cursor, such as ``dnpo train met``.
     """
-    from dnpo.cli import VERBS
-
     *before, word = line.split(" ")[1:] or [""]
     before = [each for each in before if each]
     name = next((name for name in (" ".join(before[:2]), *before[:1]) if name in VERBS), "")
