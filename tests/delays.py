@@ -43,7 +43,7 @@ def _wait(work: Callable[..., Any]) -> Callable[..., Any]:
 
 def delay_steps() -> None:
     """Wait before each step of a training, and record the next step."""
-    from dnpo.optimise.batches import Steps
+    from dnpo.optimise.steps import Steps
 
     delay_in = Store._compute
     step = Steps.step

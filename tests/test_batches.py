@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-from dnpo.optimise.batches import Batches, Slice, schedule
+from dnpo.optimise.steps import Batches, Slice, schedule
 
 Step = list[tuple[str, Slice[int]]]
 SHAPES = [

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,7 +20,7 @@ from dnpo.commands.grammar import parse, refuse_dashes
 from dnpo.commands.verbs import VERBS
 from dnpo.errors import SettingsError
 from dnpo.settings import _parameters, is_part, locate
-from tests.commands import run_command
+from tests.commands import SMOKE, TINY, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 79
@@ -152,6 +153,25 @@ def test_run_and_sweep_start_the_main_job_and_plan_leaves_no_folder(tmp_path: Pa
     checked = dnpo(tmp_path, "train", "scale=smoke", "check=true", "tracking=off")
     assert checked.returncode == 0
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("store",)] == []
+
+
+HEAVY = ("torch", "transformers", "pytorch_lightning", "mlflow", "sklearn", "datasets")
+IMPORTED = f"""
+import sys
+from dnpo.train import main
+main()
+print("imported:", *sorted(set(sys.modules) & {set(HEAVY)}))
+"""
+
+
+def test_a_plan_and_a_finished_run_import_no_heavy_library(tiny: Path, tmp_path: Path) -> None:
+    """So they take about as long as importing torch, or less."""
+    shutil.copytree(tiny / "store", tmp_path / "store")
+    for words in (("plan=true",), (*SMOKE, *TINY)):
+        command = [sys.executable, "-c", IMPORTED, *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("\nimported:\n"), done.stdout
 
 
 def test_a_job_does_not_look_for_garbage_during_imports(tmp_path: Path) -> None:

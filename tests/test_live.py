@@ -22,9 +22,9 @@ from dnpo.evaluate import Held
 from dnpo.generate import Live as Responding
 from dnpo.judges import Judge, make_verdict
 from dnpo.judges.asked.ledger import Ledger
-from dnpo.optimise.batches import Slice
 from dnpo.optimise.ema import Average
 from dnpo.optimise.live import Clock, LiveSteps
+from dnpo.optimise.steps import Slice
 from dnpo.policy.model import Policy
 from dnpo.records import Pair, Prompt, Response, Rollout, Verdict
 from dnpo.stages import live as live_stage

@@ -30,9 +30,9 @@ from dnpo.methods.ppo.equations import (
     whiten,
 )
 from dnpo.methods.ppo.training import Experience, Observer, RolloutTraining, collate
-from dnpo.optimise.batches import Batches, Slice, arrange
 from dnpo.optimise.live import Clock
 from dnpo.optimise.parts import Optimisation
+from dnpo.optimise.steps import Batches, Slice, arrange
 from dnpo.optimise.training import fit
 from dnpo.policy.lora import Lora
 from dnpo.policy.model import Policy

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from dnpo import ranks
 from dnpo.errors import NonFiniteLossError, OutOfMemoryError, StepZeroError
-from dnpo.optimise.batches import arrange
 from dnpo.optimise.npo import NoiseModule, SilentModule, TrainableModule
 from dnpo.optimise.parts import Logistic, Objective, PairOptimisation, Refined
 from dnpo.optimise.preference import PreferenceTraining, optimise
 from dnpo.optimise.reference import read_scores, score
+from dnpo.optimise.steps import arrange
 from dnpo.optimise.training import CHECKPOINT, Training
 from dnpo.policy.lora import Lora
 from dnpo.policy.model import Policy

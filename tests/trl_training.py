@@ -15,8 +15,8 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from dnpo.optimise.batches import arrange
 from dnpo.optimise.parts import PairOptimisation
+from dnpo.optimise.steps import arrange
 from dnpo.policy.model import Policy
 from dnpo.records import Pair
 from dnpo.seeding import derive

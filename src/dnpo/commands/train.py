@@ -320,7 +320,6 @@ def _go(
     warn_of_late_starts(settings)
     choice = choose(run, settings)
     store.check(stages, console.say, everything=not settings["plan"])
-    check_optimizers(run, iterations, store)
     if settings["plan"]:
         from dnpo.running.sweep import find_shared_stages
 
@@ -329,6 +328,7 @@ def _go(
             console.say(f"patience={choice.patience} may end the run before all of these stages.")
         _print_forecast(console, run, iterations, store)
         return None
+    check_optimizers(run, iterations, store)
     pass_gate(run, iterations, store, console, settings["check"], settings["threads"], tracking)
     if settings["check"]:
         return None

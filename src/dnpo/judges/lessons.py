@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import torch
 from torch import Tensor
 
-from dnpo.optimise.batches import Batch, Batches, Slice, arrange
+from dnpo.optimise.batches import Batch
 from dnpo.optimise.parts import Optimisation
+from dnpo.optimise.steps import Batches, Slice, arrange
 from dnpo.optimise.training import Training, fit
 from dnpo.policy.logprobs import token_logps
 from dnpo.policy.model import Policy

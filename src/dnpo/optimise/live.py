@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from dnpo.errors import DataError, StoreError
-from dnpo.optimise.batches import Idle, Slice, Some, Steps
+from dnpo.optimise.steps import Idle, Slice, Some, Steps
 from dnpo.seeding import derive
 from dnpo.store import Report
 
@@ -105,7 +105,7 @@ class LiveSteps(Steps[Row, Some]):
         order: returns the rows of every policy step, given the number of rows; used if there is a single rollout.
         seed: seed of the draws.
         report: receives the state of the rollouts.
-        micro_batch_size, collate: as in :class:`~dnpo.optimise.batches.Steps`.
+        micro_batch_size, collate: as in :class:`~dnpo.optimise.steps.Steps`.
     """
 
     def __init__(

@@ -15,18 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from dnpo.errors import StepZeroError
-from dnpo.optimise.batches import (
-    Batch,
-    Batches,
-    Collate,
-    PairBatch,
-    Reading,
-    Scored,
-    Slice,
-    arrange,
-    reads_rejected,
-    with_weight,
-)
+from dnpo.optimise.batches import Batch, Collate, PairBatch, Reading, Scored, reads_rejected, with_weight
 from dnpo.optimise.ema import Average
 from dnpo.optimise.held import HeldOut, divide
 from dnpo.optimise.live import Clock, LiveSteps, Source
@@ -44,6 +33,7 @@ from dnpo.optimise.objective import (
 )
 from dnpo.optimise.parts import Optimisation, PairOptimisation, watches
 from dnpo.optimise.reference import KeptHidden
+from dnpo.optimise.steps import Batches, Slice, arrange
 from dnpo.optimise.training import Training, fit, has_checkpoint, make_fused
 from dnpo.optimise.watch import Moments, Seen, States, Watch, measure_moments
 from dnpo.policy.logprobs import Head, token_logps

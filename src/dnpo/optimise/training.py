@@ -28,10 +28,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from dnpo import disk, ranks
 from dnpo.errors import NonFiniteLossError, OutOfMemoryError, StoreError
 from dnpo.interrupts import Held
-from dnpo.optimise.batches import Idle, MicroBatch, Steps
+from dnpo.optimise.batches import MicroBatch
 from dnpo.optimise.held import HeldOut, discard
 from dnpo.optimise.history import History
 from dnpo.optimise.parts import Optimisation
+from dnpo.optimise.steps import Idle, Steps
 from dnpo.policy.model import Policy
 from dnpo.policy.sharded import gather_weight, is_part, shard
 from dnpo.store import Report

@@ -57,7 +57,7 @@ class Chunks:
 
     @cache  # noqa: B019  # one small object for each training
     def _groups(self, passed: int) -> list[tuple[int, ...]]:
-        from dnpo.optimise.batches import schedule
+        from dnpo.optimise.steps import schedule
 
         return schedule(self.prompts, self.size or self.prompts, 1, derive(self.seed, "pass", passed), None)
 

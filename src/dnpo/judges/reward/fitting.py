@@ -24,8 +24,8 @@ from dnpo.escape import say
 from dnpo.judges.reward.facts import FACTS, SEEN, Kind
 from dnpo.judges.reward.models import Embedding, Rewards, start_classifier
 from dnpo.judges.reward.preferences import Preference, Preferences
-from dnpo.optimise.batches import Batches, Slice, arrange
 from dnpo.optimise.parts import Optimisation
+from dnpo.optimise.steps import Batches, Slice, arrange
 from dnpo.optimise.training import Training
 from dnpo.optimise.training import fit as train
 from dnpo.policy.encoder import Encoder, Ids

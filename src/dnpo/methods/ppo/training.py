@@ -24,9 +24,10 @@ from dnpo.methods.ppo.equations import (
     value_loss,
     whiten,
 )
-from dnpo.optimise.batches import Batch, Slice, arrange
+from dnpo.optimise.batches import Batch
 from dnpo.optimise.live import Clock, LiveSteps, Source, require
 from dnpo.optimise.parts import Optimisation
+from dnpo.optimise.steps import Slice, arrange
 from dnpo.optimise.training import Training, fit, make_fused
 from dnpo.policy.logprobs import token_logps
 from dnpo.policy.model import Policy, by_length

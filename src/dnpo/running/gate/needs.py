@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from dnpo.generate import Live
-from dnpo.optimise.batches import arrange
 from dnpo.optimise.npo import NoiseModule
 from dnpo.optimise.parts import MatchedOffset, Optimisation, watches
+from dnpo.optimise.steps import arrange
 from dnpo.policy.model import Policy, device_of
 from dnpo.running.gate import machine
 from dnpo.running.gate.finding import Finding
