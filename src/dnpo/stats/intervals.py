@@ -64,12 +64,15 @@ class Mean:
         number of positive counts estimated from survey data", Survey Methodology 24(2), count clustered answers.
 
         Args:
-            items: number of items, which is n for a share of exactly 0 or 1.
+            items: number of items, which is n for a share of exactly 0 or 1. Another share without an error, because
+                nothing varies, has no interval.
         """
         from scipy.special import stdtrit
 
         spread = self.value * (1 - self.value)
         whole = spread <= TOLERANCE  # a share of 0 or 1
+        if self.error == 0 and not whole:
+            return Estimate(self.value)
         quantile = float(stdtrit(max(items - 1, 1) if whole else self.df, (1 + LEVEL) / 2))
         a = quantile**2 / items if whole else (quantile * self.error) ** 2 / spread  # quantile² / n
         half = math.sqrt(a * max(spread, 0.0) + a**2 / 4) / (1 + a)
@@ -79,11 +82,11 @@ class Mean:
     def amount(self) -> Estimate:
         """A quantity that cannot be negative, with the t interval of its logarithm, so that no end is negative.
 
-        The logarithm's error is error/value (the delta method). If the mean is 0, all values are 0.
+        The logarithm's error is error/value (the delta method). There is no interval if nothing varies, such as around 0.
         """
         from scipy.special import stdtrit
 
-        if self.value <= 0:
+        if self.value <= 0 or self.error == 0:
             return self.estimate()
         factor = math.exp(min(float(stdtrit(self.df, (1 + LEVEL) / 2)) * self.error / self.value, 700.0))
         return Estimate(self.value, self.value / factor, self.value * factor)
