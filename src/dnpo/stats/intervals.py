@@ -82,7 +82,7 @@ class Mean:
     def amount(self) -> Estimate:
         """A quantity that cannot be negative, with the t interval of its logarithm, so that no end is negative.
 
-        The logarithm's error is error/value (the delta method). There is no interval if nothing varies, such as around 0.
+        The logarithm's error is error/value (the delta method). There is no interval if nothing varies.
         """
         from scipy.special import stdtrit
 
