@@ -138,7 +138,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "no_logprobs": ("no log-probabilities",),
     "bad_logprob": ("is 0.5; expected a number of at most 0",),
     "no_stop": ("without one of the stop tokens",),
-    "goes_on": ("goes on for 1 tokens after stop token",),
+    "goes_on": ("continues for 1 tokens after stop token",),
     "truncated": ("cut at 2 tokens", "--max-model-len"),
     "cut_prompt": ("read another prompt", "truncate_prompt_tokens"),
     "cut_prompt_silent": ("generate.engine.max_mean_difference=0.05", "are not used"),

@@ -396,7 +396,7 @@ def runs(signs: Path) -> list[str]:
 def test_two_processes_compute_a_stage_once(tmp_path: Path, signs: Path) -> None:
     """Runs of one sweep share stages: the second waits for the first (and says so) and does not write to its folder.
 
-    The work goes on until the other process is known to wait, so the two are certain to overlap.
+    The work continues until the other process is known to wait, so the two are certain to overlap.
     """
     processes = [start(tmp_path / "store", signs) for _ in range(2)]
     try:

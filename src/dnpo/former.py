@@ -67,7 +67,7 @@ def up_to_date(settings: Mapping[str, Any], name: str = "") -> tuple[dict[str, A
     partial = tree.pop(PARTIAL, True)
     if not isinstance(partial, bool):
         setting = f"{name}.{PARTIAL}" if name else PARTIAL
-        raise SettingsError(f"{setting}={partial!r}: expected true or false; no part needs it any more")
+        raise SettingsError(f"{setting}={partial!r}: expected true or false; no part needs it now")
     for key, value in settings.items():
         if key == PARTIAL:
             continue

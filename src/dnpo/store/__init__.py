@@ -344,8 +344,8 @@ class Store:
         if not self._warned and self.remote is not None:
             self._warned = True
             note(
-                f"warning: store.remote={self.remote.address} cannot be used ({self.remote.lost}). The run goes on "
-                "with its local store, and lists at its end what is not published"
+                f"warning: store.remote={self.remote.address} cannot be used ({self.remote.lost}). The run "
+                "continues with its local store, and lists unpublished stages at its end"
             )
 
     def _compute(self, stage: Stage, inputs: Mapping[str, Path], report: Report) -> None:

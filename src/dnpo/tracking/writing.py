@@ -365,11 +365,11 @@ class MLflowTracking(Tracking):
     def _note_failure(self, way: str, error: Exception, took: float, again: bool = False) -> None:
         """Note that MLflow does not answer, and warn about it once."""
         if self._outbox.fail(way, took) and not again:
-            what = "MLflow does not answer any more" if way == "runs" else "MLflow takes no artefacts any more"
+            what = "MLflow no longer answers" if way == "runs" else "MLflow no longer accepts artefacts"
             where = self._outbox.path or "memory"
             warn(
-                f"tracking.uri={strip_password(self.uri)}: {what} ({shorten(error)}). The run goes on; what it tracks "
-                f"is kept in {where}, and sent when MLflow answers again"
+                f"tracking.uri={strip_password(self.uri)}: {what} ({shorten(error)}). The run continues; what it "
+                f"tracks is kept in {where}, and sent when MLflow answers again"
             )
 
     def metrics(self, values: Mapping[str, float], step: int, model: str = "", data: "Dataset | None" = None) -> None:

@@ -155,7 +155,7 @@ def _check_end(tokens: Sequence[int], finish: str, asked: Asked) -> None:
     stop = next((number for number, token in enumerate(tokens) if token in asked.stops), None)
     if stop is not None and stop < len(tokens) - 1:
         raise EngineError(
-            f"a completion goes on for {len(tokens) - 1 - stop:,} tokens after stop token {tokens[stop]}; the server "
+            f"a completion continues for {len(tokens) - 1 - stop:,} tokens after stop token {tokens[stop]}; the server "
             "must not ignore end-of-sequence"
         )
     if finish == "stop" and stop is None:

@@ -176,7 +176,7 @@ class OpenAI(Prompted):
         if found.groups != 1:
             raise SettingsError(
                 f"pattern={self.pattern}: has {found.groups} groups; expected one, around the value, as in "
-                r"'Score: (\d+)' ((?:…) is no group)"
+                r"'Score: (\d+)' ((?:…) is not a group)"
             )
         return found
 
