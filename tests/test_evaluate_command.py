@@ -27,6 +27,7 @@ SMALL = ("data=tinyworld_smoke", "eval=smoke", "generate=smoke")
 NEEDED = {
     **{("judge", kind): [f"judge.{key}=x"] for kind, key in (("openai", "model"), ("hf", "path"), ("reward", "path"))},
     **{("data", kind): ["data.path=x"] for kind in ("jsonl", "parquet", "csv", "arrow")},
+    ("data", "mix"): ["+data@data.sources.world=tinyworld"],
 }
 GROUPS = [name for name in PARTS if (conf_folder() / name).is_dir() and name not in ("model", "sft")]
 OPTIONS = sorted((group, path.stem) for group in GROUPS for path in (conf_folder() / group).glob("*.yaml"))
