@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -30,6 +30,8 @@ GIVEN: dict[tuple[str, str], list[list[str]]] = {
     ("judge", "hf"): [["path=model"], HUB],
     ("judge", "reward"): [["path=model"], HUB],
     **{("data", kind): [["path=rows", "sample=1"]] for kind in ("jsonl", "parquet", "csv", "arrow")},
+    ("data", "mix"): [["+data@data.sources.world=tinyworld_smoke", "weights={world: 1}", "rows=5"]],
+    **{("trainer", path.stem): [["keep=best"]] for path in (CONF / "trainer").glob("*.yaml")},
 }
 CASES = [
     pytest.param(group, path.stem, given, id=f"{group}={path.stem}-{number}")
@@ -52,6 +54,7 @@ OTHER: dict[str, Any] = {
     "extra_body": {"a": 1},
     "roles": {"bot": "assistant"},
     "shares": [1.0, 3.0, 2.0],
+    "weights": {"world": 2.0},
     "engine": {"_target_": "dnpo.generate.server.Server", "base_url": "http://a/v1", "version": "new"},
 }
 # Fields that are not neutral but do not change the key of their part, with the reason.
@@ -87,12 +90,20 @@ def vary(target: Any, name: str, value: Any) -> Any:
     """Another value of one setting; for a nested part, the part with one setting changed."""
     if name in OTHER:
         return OTHER[name]
+    if name == "sources":
+        source, settings = next(iter(value.items()))
+        return {source: vary(None, source, settings)}
     if isinstance(value, Mapping) and "_target_" in value:
         inner = next(key for key, each in value.items() if isinstance(each, int | float) and not isinstance(each, bool))
         return {**value, inner: value[inner] + 1}
     if isinstance(value, Mapping):
         return {**value, "second": {"_target_": "dnpo.judges.longer.Longer"}}
     return other_value(get_type_hints(target, include_extras=True)[name], value)
+
+
+def in_group(group: str, given: Sequence[str]) -> list[str]:
+    """Arguments for settings of a group; those that begin with + are arguments already."""
+    return [each if each.startswith("+") else f"{group}.{each}" for each in given]
 
 
 def moved(value: str | None, folder: Path) -> str:
@@ -127,7 +138,7 @@ def test_neutral_fields_are_exactly_those_that_do_not_change_the_key(
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "rows").write_text('{"prompt": "a", "response": "b"}\n')
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        tree = plain(compose("train", overrides=[f"{group}={option}", *(f"{group}.{each}" for each in given)]))
+        tree = plain(compose("train", overrides=[f"{group}={option}", *in_group(group, given)]))
     settings = {key: value for key, value in tree[group].items() if key != "start"}
     target: Any = locate(group, settings["_target_"])
     if not dataclasses.is_dataclass(target):
