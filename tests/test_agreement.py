@@ -496,7 +496,7 @@ class Tracked(Tracking):
     def open(self) -> "Tracked":
         return self
 
-    def start(self, name: str, settings: Any, tags: Any, sweep: Any, folder: Any) -> None:
+    def start(self, name: str, settings: Any, tags: Any, sweep: Any, folder: Any, stages: Any) -> None:
         self.seen |= {"name": name, "settings": dict(settings), "tags": dict(tags)}
 
     def metrics(self, values: Any, step: int) -> None:
@@ -553,7 +553,8 @@ def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert seen["tags"]["dnpo.kind"] == "agreement"
     assert seen["metrics"]["agreement/accuracy"] == 0.5
     assert seen["settings"]["judge.half"] == 5.0
-    assert seen["artifacts"] == [f"agreement/agreement.{ending}" for ending in ("json", "md", "png", "svg")]
+    drawn = [f"agreement/agreement.{ending}" for ending in ("json", "md", "png", "svg")]
+    assert seen["artifacts"] == ["/stages.json", *drawn]
     assert seen["status"] == "FINISHED"
 
     # Found again by the command and by a run with the same judge, not with another judge.

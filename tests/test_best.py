@@ -10,7 +10,7 @@ import pytest
 
 import dnpo
 from dnpo.errors import SettingsError
-from dnpo.running.best import Choice, find_best, kept, sentences
+from dnpo.running.best import KeptPolicy, find_best, kept, sentences
 from dnpo.running.export import find_policy, read_summary
 from tests.commands import SMOKE, TINY, numbers, run_command, succeed, summary, train
 
@@ -28,14 +28,14 @@ def rows(**columns: list[float | None]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("choice", "table", "best"),
     [
-        (Choice("best"), rows(score=[50, 60, 55], loss=[1.0, 3.0, 2.0]), 1),
-        (Choice("best"), rows(loss=[2.0, 1.0, 3.0]), 1),  # lower is better, and nothing is scored
-        (Choice("best", best_by="eval/loss"), rows(score=[50, 60, 55], loss=[1.0, 3.0, 2.0]), 0),
-        (Choice("best"), rows(score=[50, 60, 60]), 1),  # the first of equals
-        (Choice("best"), rows(score=[math.nan, 10, 5]), 1),
+        (KeptPolicy("best"), rows(score=[50, 60, 55], loss=[1.0, 3.0, 2.0]), 1),
+        (KeptPolicy("best"), rows(loss=[2.0, 1.0, 3.0]), 1),  # lower is better, and nothing is scored
+        (KeptPolicy("best", best_by="eval/loss"), rows(score=[50, 60, 55], loss=[1.0, 3.0, 2.0]), 0),
+        (KeptPolicy("best"), rows(score=[50, 60, 60]), 1),  # the first of equals
+        (KeptPolicy("best"), rows(score=[math.nan, 10, 5]), 1),
     ],
 )
-def test_the_best_policy_is_the_first_with_the_best_value(choice: Choice, table: Any, best: int) -> None:
+def test_the_best_policy_is_the_first_with_the_best_value(choice: KeptPolicy, table: Any, best: int) -> None:
     assert find_best(table, choice.metric_of(table)) == best
     assert choice.describe(table, 2)["choice"]["kept"] == best
 
@@ -43,7 +43,7 @@ def test_the_best_policy_is_the_first_with_the_best_value(choice: Choice, table:
 def test_a_run_ends_after_enough_iterations_without_improvement() -> None:
     scores: list[float | None] = [50, 49, 60, 58, 59, 61]
     ends = {
-        patience: next((n for n in range(1, 7) if Choice(patience=patience).is_over(rows(score=scores[:n]))), None)
+        patience: next((n for n in range(1, 7) if KeptPolicy(patience=patience).is_over(rows(score=scores[:n]))), None)
         for patience in (0, 1, 2, 3)
     }
     assert ends == {0: None, 1: 2, 2: 5, 3: None}
@@ -51,11 +51,11 @@ def test_a_run_ends_after_enough_iterations_without_improvement() -> None:
 
 def test_a_policy_without_the_number_is_refused() -> None:
     with pytest.raises(SettingsError, match="best_by=eval/accuracy: the policy after iteration 0"):
-        Choice("best", best_by="eval/accuracy").is_over(rows(accuracy=[0.5, None]))
+        KeptPolicy("best", best_by="eval/accuracy").is_over(rows(accuracy=[0.5, None]))
 
 
 def test_a_run_without_keep_or_stop_chooses_no_policy() -> None:
-    assert Choice().describe(rows(score=[2, 1]), 3) == {}
+    assert KeptPolicy().describe(rows(score=[2, 1]), 3) == {}
     assert kept({"table": rows(score=[2, 1])}) == 1
     assert sentences({"table": rows(score=[2, 1])}) == []
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dnpo.data.files import JsonLines
-from dnpo.data.mix import Mix
+from dnpo.data.mix import Mixture
 from dnpo.data.tinyworld import TinyWorld
 from dnpo.errors import DataError, SettingsError
 from dnpo.settings import part_key
@@ -38,7 +38,7 @@ def pair(tmp_path: Path) -> dict[str, JsonLines]:
     return {"chat": write(tmp_path / "chat.jsonl", 200, 1), "code": write(tmp_path / "code.jsonl", 120, 2)}
 
 
-def counts(mix: Mix, split: str = "train") -> dict[str, int]:
+def counts(mix: Mixture, split: str = "train") -> dict[str, int]:
     rows, facts = mix.read()
     found = Counter(row.id.partition("/")[0] for row in rows[split])
     assert dict(found) == facts["sources"][split]
@@ -46,7 +46,7 @@ def counts(mix: Mix, split: str = "train") -> dict[str, int]:
 
 
 def test_without_weights_every_source_gives_all_its_rows(pair: dict[str, JsonLines]) -> None:
-    rows, facts = Mix(sources=pair, **LIMITS).read()
+    rows, facts = Mixture(sources=pair, **LIMITS).read()
     for split in ("train", "validation", "test"):
         own = {name: len(source.read()[0][split]) for name, source in pair.items()}
         assert facts["sources"][split] == own
@@ -58,27 +58,33 @@ def test_without_weights_every_source_gives_all_its_rows(pair: dict[str, JsonLin
 
 
 def test_weights_decide_the_shares(pair: dict[str, JsonLines]) -> None:
-    assert counts(Mix(sources=pair, weights={"chat": 3, "code": 1}, rows=100, **LIMITS)) == {"chat": 75, "code": 25}
-    assert counts(Mix(sources=pair, weights={"chat": 1, "code": 1}, rows=101, **LIMITS)) == {"chat": 51, "code": 50}
-    there = counts(Mix(sources=pair, **LIMITS))
-    most = counts(Mix(sources=pair, weights={"chat": 1, "code": 2}, **LIMITS))
+    assert counts(Mixture(sources=pair, weights={"chat": 3, "code": 1}, rows=100, **LIMITS)) == {
+        "chat": 75,
+        "code": 25,
+    }
+    assert counts(Mixture(sources=pair, weights={"chat": 1, "code": 1}, rows=101, **LIMITS)) == {
+        "chat": 51,
+        "code": 50,
+    }
+    there = counts(Mixture(sources=pair, **LIMITS))
+    most = counts(Mixture(sources=pair, weights={"chat": 1, "code": 2}, **LIMITS))
     assert there["code"] - most["code"] <= 1, "as many as there are without repeating"
     assert abs(2 * most["chat"] - most["code"]) <= 1
-    held = counts(Mix(sources=pair, weights={"chat": 3, "code": 1}, rows=100, **LIMITS), "test")
-    assert held == counts(Mix(sources=pair, **LIMITS), "test")  # held-out rows are all taken
+    held = counts(Mixture(sources=pair, weights={"chat": 3, "code": 1}, rows=100, **LIMITS), "test")
+    assert held == counts(Mixture(sources=pair, **LIMITS), "test")  # held-out rows are all taken
 
 
 def test_the_draw_depends_on_the_seed_alone(pair: dict[str, JsonLines]) -> None:
     def ids(seed: int, sources: dict[str, JsonLines]) -> list[str]:
-        mix = Mix(sources=sources, weights={"chat": 1, "code": 1}, rows=60, seed=seed, **LIMITS)
+        mix = Mixture(sources=sources, weights={"chat": 1, "code": 1}, rows=60, seed=seed, **LIMITS)
         return [row.id for row in mix.read()[0]["train"]]
 
     turned = dict(reversed(pair.items()))
     assert ids(0, pair) == ids(0, turned)
     assert ids(0, pair) != ids(1, pair)
-    keys = [part_key(Mix(sources=some, **LIMITS)) for some in (pair, turned)]
+    keys = [part_key(Mixture(sources=some, **LIMITS)) for some in (pair, turned)]
     assert json.dumps(keys[0], sort_keys=True) == json.dumps(keys[1], sort_keys=True)
-    weighted = part_key(Mix(sources=pair, weights={"chat": 1, "code": 1}, **LIMITS))
+    weighted = part_key(Mixture(sources=pair, weights={"chat": 1, "code": 1}, **LIMITS))
     assert weighted != keys[0]
     assert "seed" in weighted
     assert "seed" not in keys[0]
@@ -88,8 +94,8 @@ def test_duplicates_across_sources_are_removed_and_counted(tmp_path: Path) -> No
     one = write(tmp_path / "a.jsonl", 100, 1)
     equal, near = prompt_of(tmp_path / "a.jsonl", 3), f"{prompt_of(tmp_path / 'a.jsonl', 5)}."
     other = write(tmp_path / "b.jsonl", 100, 2, (equal, near))
-    rows, facts = Mix(sources={"a": one, "b": other}, **LIMITS).read()
-    turned, _ = Mix(sources={"b": other, "a": one}, **LIMITS).read()
+    rows, facts = Mixture(sources={"a": one, "b": other}, **LIMITS).read()
+    turned, _ = Mixture(sources={"b": other, "a": one}, **LIMITS).read()
     assert {split: [row.id for row in some] for split, some in turned.items()} == {
         split: [row.id for row in some] for split, some in rows.items()
     }
@@ -111,35 +117,37 @@ def test_duplicates_across_sources_are_removed_and_counted(tmp_path: Path) -> No
 )
 def test_meaningless_settings_are_refused(pair: dict[str, JsonLines], settings: Any, message: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(message)):
-        Mix(sources=pair, **settings, **LIMITS)
+        Mixture(sources=pair, **settings, **LIMITS)
 
 
 def test_a_source_with_too_few_rows_is_named_with_the_possible_number(pair: dict[str, JsonLines]) -> None:
     with pytest.raises(DataError, match=r"data\.weights\.code=1: .*expected at most data\.rows=(\d+)") as raised:
-        Mix(sources=pair, weights={"chat": 1, "code": 1}, rows=300, **LIMITS).read()
+        Mixture(sources=pair, weights={"chat": 1, "code": 1}, rows=300, **LIMITS).read()
     found = re.search(r"at most data\.rows=(\d+)", str(raised.value))
     assert found is not None
     possible = int(found[1])
-    assert sum(counts(Mix(sources=pair, weights={"chat": 1, "code": 1}, rows=possible, **LIMITS)).values()) == possible
+    assert (
+        sum(counts(Mixture(sources=pair, weights={"chat": 1, "code": 1}, rows=possible, **LIMITS)).values()) == possible
+    )
     with pytest.raises(DataError, match=r"data\.weights\.code=0\.001: .*gives none"):
-        Mix(sources=pair, weights={"chat": 1, "code": 0.001}, rows=100, **LIMITS).read()
+        Mixture(sources=pair, weights={"chat": 1, "code": 0.001}, rows=100, **LIMITS).read()
 
 
 def test_a_source_that_only_repeats_another_is_refused(tmp_path: Path, pair: dict[str, JsonLines]) -> None:
     with pytest.raises(DataError, match=r"data\.sources\.code: none of its training rows is left"):
-        Mix(sources={"chat": pair["chat"], "code": pair["chat"]}, **LIMITS).read()
+        Mixture(sources={"chat": pair["chat"], "code": pair["chat"]}, **LIMITS).read()
 
 
 def test_errors_of_a_source_name_its_place(tmp_path: Path, pair: dict[str, JsonLines]) -> None:
     (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     bad = JsonLines(path=str(tmp_path / "bad.jsonl"), **LIMITS)
     with pytest.raises(DataError, match=r"data\.sources\.bad\.path=.*data\.sources\.bad\.columns="):
-        Mix(sources={"chat": pair["chat"], "bad": bad}, **LIMITS).read()
+        Mixture(sources={"chat": pair["chat"], "bad": bad}, **LIMITS).read()
 
 
 def test_limits_of_a_source_that_are_overridden_are_reported(pair: dict[str, JsonLines]) -> None:
     world = TinyWorld(train=48, validation=12, test=12, max_prompt_tokens=48, max_response_tokens=24)
-    _, facts = Mix(sources={"chat": pair["chat"], "world": world}, **LIMITS).read()
+    _, facts = Mixture(sources={"chat": pair["chat"], "world": world}, **LIMITS).read()
     assert facts["notes"] == [
         "data.sources.world.max_prompt_tokens=48: data.max_prompt_tokens=256 applies instead",
         "data.sources.world.max_response_tokens=24: data.max_response_tokens=128 applies instead",

@@ -64,7 +64,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if COMPLETES in os.environ:
-        print(*_settings(parser, given), sep="\n")
+        say("\n".join(_settings(parser, given)))
         sys.exit(0)
     try:
         return parser.parse_args(list(with_dashes(parser, given)))

@@ -26,7 +26,7 @@ from dnpo.settings import build as build_part
 from dnpo.settings import check as check_part
 
 if TYPE_CHECKING:
-    from dnpo.running.best import Choice
+    from dnpo.running.best import KeptPolicy
     from dnpo.running.console import Console
     from dnpo.running.launch import Launch
     from dnpo.stages.plan import Iteration, Run
@@ -347,15 +347,15 @@ def _go(
     return float(row[best] if catalogue.metric(best).better == "higher" else -row[best])
 
 
-def choose(run: "Run", settings: Mapping[str, Any]) -> "Choice":
+def choose(run: "Run", settings: Mapping[str, Any]) -> "KeptPolicy":
     """Check which policy the run keeps and when it ends, and warn if the test split decides it.
 
     Raises:
         SettingsError: the metric cannot decide.
     """
-    from dnpo.running.best import Choice
+    from dnpo.running.best import KeptPolicy
 
-    choice = Choice(settings["keep"], settings["patience"], settings["best_by"])
+    choice = KeptPolicy(settings["keep"], settings["patience"], settings["best_by"])
     choice.check(run)
     if choice.reads and run.eval.split == "test":
         name = "keep=best" if choice.keep == "best" else f"patience={choice.patience}"

@@ -23,7 +23,7 @@ AT = "/"  # between a source's name and the id of one of its rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mix:
+class Mixture:
     """The rows of several sources. Each source splits its rows, and removes duplicates among them, by its own settings.
 
     A row's id begins with the name of its source, which is also the family of rows that have none.

@@ -19,7 +19,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Choice:
+class KeptPolicy:
     """Which policy a run keeps, and when it ends.
 
     Attributes:
@@ -106,7 +106,7 @@ class Choice:
         return {"choice": found}
 
 
-ALWAYS_LAST = Choice()
+ALWAYS_LAST = KeptPolicy()
 
 
 def default_metric(rows: Sequence[Row]) -> str:

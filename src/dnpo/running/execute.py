@@ -66,7 +66,7 @@ def execute(
     tracking: Tracking,
     settings: Mapping[str, Any],
     folder: Path,
-    choice: best.Choice = best.ALWAYS_LAST,
+    choice: best.KeptPolicy = best.ALWAYS_LAST,
 ) -> dict[str, Any]:
     """Compute the stages that the store lacks, and track the results.
 
