@@ -7,14 +7,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mlflow import MlflowClient
+from transformers import LlamaForCausalLM
 
 from dnpo import interrupts
 from dnpo.interrupts import Ended, Held
 from dnpo.optimise.training import CHECKPOINT
+from dnpo.policy.complete import load_complete
 from tests.commands import SMOKE, TINY, Process, numbers, succeed, summary
 from tests.conftest import Report, World
 from tests.delays import AT
@@ -114,6 +117,30 @@ def test_a_second_signal_does_not_stop_what_the_first_one_started() -> None:
         send(signal.SIGTERM)
         send(signal.SIGUSR1)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_model_is_loaded_is_answered_afterwards(
+    number: signal.Signals, make_policy: MakePolicy, world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The library loads in threads, whose locks must not be left by an exception."""
+    make_policy().causal_lm.save_pretrained(tmp_path)
+    world.tokenizer.save_pretrained(tmp_path)
+    loaded = []
+
+    class Interrupted:
+        @staticmethod
+        def from_pretrained(*arguments: Any, **options: Any) -> Any:
+            send(number)
+            loaded.append(LlamaForCausalLM.from_pretrained(*arguments, **options))
+            return loaded[0]
+
+    with interrupts.raised():
+        with pytest.raises(KeyboardInterrupt) as raised:
+            load_complete(Interrupted, str(tmp_path), "a model")
+        assert interrupts.exit_status(raised.value) == 128 + number
+    assert loaded
+    assert f"{number.name}: a model is loaded first" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

@@ -129,5 +129,23 @@ class Held:
             os.write(STDERR, f"\n{signal.Signals(number).name}: {self.what}{again}\n".encode())
 
 
+@contextmanager
+def held(what: str) -> Iterator[None]:
+    """Hold signals back until the body has ended.
+
+    For code of libraries that starts threads and waits for them: a signal's exception could leave both waiting forever.
+
+    Args:
+        what: what the process does before it ends, for the message at the signal.
+    """
+    signals = Held(what)
+    signals.hold()
+    try:
+        yield
+    finally:
+        signals.release()
+        signals.deliver()
+
+
 def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()

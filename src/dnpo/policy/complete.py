@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from dnpo import interrupts
 from dnpo.errors import ModelError
 from dnpo.policy.folder import (
     ADAPTER_WEIGHTS,
@@ -235,7 +236,7 @@ def _read_tensors(files: Path, names: set[str] | None = None) -> Iterator[tuple[
 
 def _load(kind: Any, where: str, what: str, ignore_head: bool, hint: str, options: dict[str, Any]) -> Any:
     try:
-        with _without_report():
+        with _without_report(), interrupts.held("a model is loaded first"):
             model, info = kind.from_pretrained(
                 where, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
