@@ -24,6 +24,8 @@ from dnpo.commands import common, train
 from dnpo.data.hub import Hub
 from dnpo.errors import SettingsError
 from dnpo.evaluate.leaderboard import Leaderboard
+from dnpo.judges.ensemble import Ensemble
+from dnpo.judges.exact.rules import Rules
 from dnpo.loop import chain
 from dnpo.optimise.objective import Facts, PairLogps, log_ratio_gap, logistic
 from dnpo.optimise.parts import (
@@ -269,6 +271,7 @@ def test_neutral_fields_are_in_no_key_and_all_others_are(kind: type) -> None:
     needed["like"] = TrainableNoise()
     needed["shares"] = [1.0]
     needed["base"] = Logistic(beta=1.0)
+    needed["wraps"] = Ensemble(members={"one": Rules(), "other": Rules()}, by="majority")
     needed["optimisation"] = Optimisation(needed["optimizer"])
     names = [field.name for field in dataclasses.fields(kind) if field.init]
     part = kind(**{name: needed[name] for name in names if name in needed})

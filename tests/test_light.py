@@ -23,6 +23,7 @@ MODULES = [
     "dnpo.judges.off",
     "dnpo.judges.longer",
     "dnpo.judges.ensemble",
+    "dnpo.judges.noisy",
     "dnpo.judges.implicit",
     "dnpo.judges.self_judge",
     "dnpo.judges.augment",
