@@ -377,7 +377,7 @@ def test_prompts_without_a_right_answer_are_counted_and_reported() -> None:
     found = labels_of(Right(), [0.0, 50.0])
     assert found.counts["wrong"] == 1
     assert "1 prompts have no right answer" in explain(found.counts)
-    assert "pass@2 is 0 so far" in explain(found.counts)
+    assert "pass@2 is 0 in this iteration" in explain(found.counts)
 
 
 def test_a_strength_below_one_half_swaps_the_pair() -> None:

@@ -17,7 +17,7 @@ from dnpo.catalogue import metric
 from dnpo.records import Item
 from dnpo.running import console as module
 from dnpo.running.console import BEST, COMPACT, NARROW, Console, compact_table
-from dnpo.running.ending import find_best, sentences, show_briefly
+from dnpo.running.ending import sentences, show_briefly
 from dnpo.running.sweep import describe_place
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.prompts import by_prompt, change, mean
@@ -110,21 +110,34 @@ def test_results_by_prompt_are_means_over_scored_samples() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "best"),
+    ("rows", "by", "best"),
     [
-        ([{"eval/score": 1.0}, {"eval/score": 3.0}, {"eval/score": 2.0}], 1),
-        ([{"eval/loss": 1.0}, {"eval/loss": 3.0}, {"eval/loss": 0.5}], 2),
-        ([{"eval/score": None, "eval/loss": 1.0}, {"eval/score": 3.0, "eval/loss": 0.1}], None),
-        ([{"eval/score": 1.0}], None),
+        ([{"eval/score": 1.0}, {"eval/score": 3.0}, {"eval/score": 2.0}], None, 1),
+        ([{"eval/loss": 1.0}, {"eval/loss": 3.0}, {"eval/loss": 0.5}], None, 2),
+        ([{"eval/score": None, "eval/loss": 1.0}, {"eval/score": 3.0, "eval/loss": 0.1}], None, None),
+        ([{"eval/score": 1.0}], None, None),
+        ([{"eval/score": 1.0, "eval/loss": 2.0}, {"eval/score": 3.0, "eval/loss": 2.5}], "eval/loss", 0),
+        ([{"eval/score": 3.0, "eval/pass_at_4": 0.1}, {"eval/score": 1.0, "eval/pass_at_4": 0.2}], "eval/pass_at_4", 1),
     ],
 )
-def test_the_best_row_is_by_score_or_without_scores_by_loss(rows: list[dict[str, Any]], best: int | None) -> None:
-    assert find_best([{"iteration": k, **row} for k, row in enumerate(rows)]) == best
+def test_the_marked_row_is_the_best_by_the_chosen_metric(
+    rows: list[dict[str, Any]], by: str | None, best: int | None, tmp_path: Path
+) -> None:
+    """Without a choice it is the score, or the held-out loss if nothing is scored."""
+    out, shown = io.StringIO(), list[str]()
+    console = Console(width=79)
+    console.rich = RichConsole(file=out, width=79, soft_wrap=True, highlight=False)
+    console.table = lambda table, split=False: shown.append(printed(table))  # type: ignore[method-assign]
+    show_briefly(console, [{"iteration": k, **row} for k, row in enumerate(rows)], [tmp_path] * len(rows), by)
+    marks = [line.startswith(BEST) for line in shown[0].splitlines()[-len(rows) :]]
+    assert marks == [number == best for number in range(len(rows))]
+    label = metric(by or ("eval/score" if "eval/score" in rows[0] else "eval/loss")).label
+    assert (f"{BEST} marks the best {label}." in out.getvalue()) is (best is not None)
 
 
 def test_without_results_by_prompt_there_is_no_interval() -> None:
     rows = [{"iteration": "SFT", "eval/score": 1.0}, {"iteration": 0, "eval/score": 2.0}]
-    assert sentences(rows, {"eval/score": [{}, {}]}, 1) == [
+    assert sentences(rows, {"eval/score": [{}, {}]}, "eval/score") == [
         f"{BEST} marks the best score. All columns: table.md among the results, or wide=true."
     ]
 

@@ -356,4 +356,6 @@ def test_equal_samples_or_only_wrong_answers_stop_the_run_with_counts(finished: 
     assert re.search(r"no pair is left to train on: \d+ responses are identical", done.stderr), done.stderr
     done = train(finished, *SMOKE, "method=rest_em", "rollout.samples=2", "rollout.temperature=50", "iterations=1")
     assert done.returncode == 1
-    assert re.search(r"192 prompts have no right answer; pass@1 is 0 so far; pass@2 is 0 so far", done.stderr)
+    assert re.search(
+        r"192 prompts have no right answer; pass@1 is 0 in this iteration; pass@2 is 0 in this iteration", done.stderr
+    )

@@ -186,6 +186,7 @@ class Rows(ABC):
             held = "validation" if place < self.holdout / 2 else "test"
             numbers[held if place < self.holdout else "train"].append(number)
         split_rows = {split: prompts.take(some) for split, some in numbers.items()}
+        fell = [f"{len(some):,} into {split}" for split, some in numbers.items()]
         rows, removed, examples = remove_duplicates(split_rows, self.near_duplicates)
         lost = sum(removed.values())
         cause = f"data.near_duplicates={self.near_duplicates}"
@@ -194,8 +195,8 @@ class Rows(ABC):
         for split, left in rows.items():
             if not left:
                 raise DataError(
-                    f"data.holdout={self.holdout}: none of the {len(prompts):,} rows is left for {split} (half of this "
-                    "share goes to validation, half to test, the rest to train); change it, or take more rows"
+                    f"data.holdout={self.holdout}: none of the {len(prompts):,} rows is left for {split}. A hash of "
+                    f"its id decides a row's split: here {', '.join(fell)}. Change data.holdout, or take more rows"
                     + (f" ({cause} removed {lost:,} of these{such})" if lost else "")
                     + (f". {', '.join(unread)}: unread text; data.columns may join it" if unread else "")
                 )

@@ -131,7 +131,9 @@ REASONS = {
 def explain(counts: Mapping[str, int | float]) -> str:
     """Explain why :func:`label` made no pair, and what to do about it."""
     found = [f"{counts[name]:,} {reason}" for name, reason in REASONS.items() if counts.get(name)]
-    passed = [f"{name.replace('_at_', '@')} is {counts[name]:.3g} so far" for name in counts if "pass_at" in name]
+    passed = [
+        f"{name.replace('_at_', '@')} is {counts[name]:.3g} in this iteration" for name in counts if "pass_at" in name
+    ]
     return "; ".join([*found, *passed]) or "the labeller (dsl=…) has dropped all of them"
 
 

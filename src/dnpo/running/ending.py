@@ -19,19 +19,23 @@ MEASURED = {
 }
 
 
-def show_briefly(console: Console, rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Path]) -> None:
+def show_briefly(
+    console: Console, rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Path], by: str | None = None
+) -> None:
     """Show the narrow table and the sentences below it.
 
     Args:
         rows: the run's table, a row per policy.
         evaluations: the evaluation of each policy, a finished stage's folder.
+        by: the metric that decides which row is marked; None: the score, or the held-out loss if nothing is scored.
     """
+    by = by or choosing.default_metric(rows)
     results = read_results(evaluations)
     around = _halves(results)
-    best = find_best(rows)
+    best = find_best(rows, by)
     console.table(compact_table([dict(row) for row in rows], around, best))
     console.say("")
-    for text in sentences(rows, results, best):
+    for text in sentences(rows, results, by if best is not None else None):
         console.say(text)
 
 
@@ -49,20 +53,20 @@ def _halves(results: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, l
     return {name: [_half(values) for values in by_policy] for name, by_policy in results.items() if any(by_policy)}
 
 
-def find_best(rows: Sequence[Mapping[str, Any]]) -> int | None:
-    """The row with the best score, or the lowest held-out loss if nothing is scored; None if there is one row."""
-    name = choosing.default_metric(rows)
-    several = sum(choosing.has(row, name) for row in rows) > 1
-    return choosing.find_best(rows, name) if several else None
+def find_best(rows: Sequence[Mapping[str, Any]], by: str) -> int | None:
+    """The row with the best value of a metric; None if fewer than two rows have one."""
+    several = sum(choosing.has(row, by) for row in rows) > 1
+    return choosing.find_best(rows, by) if several else None
 
 
 def sentences(
-    rows: Sequence[Mapping[str, Any]], results: Mapping[str, Sequence[Mapping[str, float]]], best: int | None
+    rows: Sequence[Mapping[str, Any]], results: Mapping[str, Sequence[Mapping[str, float]]], by: str | None
 ) -> list[str]:
     """Return sentences: how each measure changed from the first policy to the last, and which policy is marked.
 
     Args:
         results: by metric, each policy's results by prompt; empty if there are none.
+        by: the metric whose best row is marked; None if no row is.
     """
     said = []
     over = ""
@@ -86,9 +90,8 @@ def sentences(
     if over:
         ends = f"from {rows[0]['iteration']} to {rows[-1]['iteration']}"
         said.append(f"Changes are {ends}; ± and intervals are {over}. Another seed may give other numbers.")
-    if best is not None:
-        name = "score" if rows[best].get("eval/score") is not None else "held-out loss"
-        said.append(f"{BEST} marks the best {name}. All columns: table.md among the results, or wide=true.")
+    if by is not None:
+        said.append(f"{BEST} marks the best {metric(by).label}. All columns: table.md among the results, or wide=true.")
     return said
 
 

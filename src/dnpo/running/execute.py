@@ -432,7 +432,8 @@ def show(
     if wide:
         console.table(iteration_table(rows), split=True)
     else:
-        show_briefly(console, rows, [store.folder(iteration.evaluation) for iteration in iterations[: len(rows)]])
+        by = summary["choice"]["best"]["by"] if "choice" in summary else None
+        show_briefly(console, rows, [store.folder(iteration.evaluation) for iteration in iterations[: len(rows)]], by)
     if any("eval/score" in row for row in rows):
         console.say(
             f"score: judge's mean on sampled held-out answers (0-100); {LABELS[summary['labelled_by']]}. Accuracies: "
