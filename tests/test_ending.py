@@ -18,6 +18,7 @@ from dnpo.records import Item
 from dnpo.running import console as module
 from dnpo.running.console import BEST, COMPACT, NARROW, Console, compact_table
 from dnpo.running.ending import sentences, show_briefly
+from dnpo.running.gate import Finding, show
 from dnpo.running.sweep import describe_place
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.prompts import by_prompt, change, mean
@@ -251,3 +252,31 @@ def test_on_a_terminal_the_bar_shows_the_time_since_the_last_progress(monkeypatc
         report.progress.refresh()
         assert "no news" not in stream.getvalue()
     assert not [line for line in stream.getvalue().splitlines() if "training: " in line], "the bar is enough"
+
+
+def test_sentences_end_lines_between_words_on_a_terminal() -> None:
+    text = "Judge's score: 22.3 → 20.0 points of 100, no clear change (−2.3; 95 % interval −4.9 to +0.4)."
+    for terminal in (True, False):
+        out, console = io.StringIO(), Console(width=80)
+        console.rich = RichConsole(file=out, width=80, soft_wrap=True, highlight=False, force_terminal=terminal)
+        console.tell(text)
+        lines = out.getvalue().splitlines()
+        assert max(map(len, lines)) < 80 or not terminal
+        assert " ".join(lines) == text
+        assert len(lines) == 1 + terminal
+
+
+def test_the_lines_of_checks_fold_at_the_width_of_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [Finding("memory, generating", "warn", " ".join(["a long sentence"] * 12), "generate.batch_size")]
+    monkeypatch.setenv("COLUMNS", "80")
+    show(Console(), found, everything=True)
+    assert len(capsys.readouterr().out.splitlines()) == 2  # a file has a line for each check
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    show(Console(), found, everything=True)
+    *lines, count = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    assert count == "0 checks passed, 1 warning"
+    assert len(lines) > 3
+    assert max(map(len, lines)) <= 80
+    assert {line[:26] for line in lines[1:]} == {" " * 26}

@@ -133,7 +133,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
     console.say("")
     console.table(table.table(found))
     for line in table.notes(found):
-        console.say(line)
+        console.tell(line)
     console.say("")
     console.say(f"results     {folder}")
     console.say(f"stages      {store.root}")

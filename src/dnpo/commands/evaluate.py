@@ -214,11 +214,11 @@ def _measure(
     console.say("")
     console.table(table(rows, title[0].upper() + title[1:]))
     for line in describe_outcome(outcome, f"judge={job.runtime.choices['judge']}") if outcome is not None else ():
-        console.say(line)
+        console.tell(line)
     for entry in read_agreement(store, part_key(runs[OURS].judge), console.say):
-        console.say(f"The judge {sentence(entry)}.")
+        console.tell(f"The judge {sentence(entry)}.")
     for line in running.describe_mixture(makers):
-        console.say(line)
+        console.tell(line)
     for line in ("", f"results     {folder}", f"stages      {store.root}", *tracking.whereabouts()):
         console.say(line)
 

@@ -62,7 +62,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
     console.say(f"\nLeaderboard of {name}")
     console.table(table(result))
     for note in result.notes():
-        console.say(f"note: {note}")
+        console.tell(f"note: {note}")
     console.say("")
     console.say(f"results     {folder}")
     for line in tracking.whereabouts():

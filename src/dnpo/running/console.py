@@ -1,6 +1,7 @@
 """Show a run on the screen: its progress, and its table at the end."""
 
 import logging
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -102,20 +103,28 @@ class Console:
             return ""
         return f"further stages: about {duration(sum(self._took[kind] for kind in kinds))}"
 
-    def table(self, table: ScreenTable, split: bool = False) -> None:
+    def table(self, table: ScreenTable, split: bool = False, fold: bool = False) -> None:
         """Print a table at its full width, even beyond the terminal's, so that no number is cut.
 
         Args:
             table: the table.
             split: whether to print it in parts as wide as the terminal; each part begins with the first column.
+            fold: whether cells with several words take as many lines as the terminal's width makes them need.
         """
         parts = _split(table, self.rich.width) if split and self.rich.is_terminal else [table]
         for part in parts:
-            RichConsole(width=max(self.rich.width, _measure(part)), highlight=False).print(part)
+            width = self.rich.width if fold and self.rich.is_terminal else max(self.rich.width, _measure(part))
+            RichConsole(width=width, highlight=False).print(part)
 
     def say(self, text: str) -> None:
-        """Print one line."""
+        """Print one line; a path or a command in it can be copied even if the terminal breaks the line."""
         self.rich.print(for_terminal(text), markup=False)
+
+    def tell(self, text: str) -> None:
+        """Print sentences; on a terminal, lines end between words."""
+        if self.rich.is_terminal:
+            text = textwrap.fill(text, self.rich.width - 1, break_long_words=False, break_on_hyphens=False)
+        self.say(text)
 
     @contextmanager
     def stage(self, title: str, steps: StepSink) -> Iterator["StageReport"]:

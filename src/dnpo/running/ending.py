@@ -36,7 +36,7 @@ def show_briefly(
     console.table(compact_table([dict(row) for row in rows], around, best))
     console.say("")
     for text in sentences(rows, results, by if best is not None else None):
-        console.say(text)
+        console.tell(text)
 
 
 def read_results(evaluations: Sequence[Path]) -> dict[str, list[dict[str, float]]]:

@@ -435,24 +435,24 @@ def show(
         by = summary["choice"]["best"]["by"] if "choice" in summary else None
         show_briefly(console, rows, [store.folder(iteration.evaluation) for iteration in iterations[: len(rows)]], by)
     if any("eval/score" in row for row in rows):
-        console.say(
+        console.tell(
             f"score: judge's mean on sampled held-out answers (0-100); {LABELS[summary['labelled_by']]}. Accuracies: "
             "greedy answers."
         )
     if any("second/score" in row for row in rows):
-        console.say("2nd: the second judge's mean on the same answers; this judge labels nothing.")
+        console.tell("2nd: the second judge's mean on the same answers; this judge labels nothing.")
     if wide:
-        console.say(
+        console.tell(
             "Losses: mean over the last tenth of the steps. log p: summed log-probability under the new policy, nats."
         )
     for text in best.sentences(summary):
-        console.say(text)
+        console.tell(text)
     if "sources" in summary:
-        console.say(describe_sources(summary["sources"]))
+        console.tell(describe_sources(summary["sources"]))
     for entry in summary["judge_agreement"]:
-        console.say(f"The judge {sentence(entry)}.")
+        console.tell(f"The judge {sentence(entry)}.")
     for line in describe_mixture(summary["made_by"]):
-        console.say(line)
+        console.tell(line)
     console.say("")
     console.say(f"results     {folder}")
     console.say(f"models      {folder / 'models'}")

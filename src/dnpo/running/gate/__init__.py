@@ -39,6 +39,8 @@ def show(console: Console, findings: Sequence[Finding], everything: bool) -> Non
     from dnpo.screen import ScreenTable
 
     table = ScreenTable(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for no_wrap in (True, True, False):
+        table.add_column(no_wrap=no_wrap)
     colours = {"pass": "green", "warn": "yellow", "stop": "red"}
     for finding in findings:
         if everything or finding.level != "pass":
@@ -46,7 +48,7 @@ def show(console: Console, findings: Sequence[Finding], everything: bool) -> Non
             mark = Text(finding.level, style=colours[finding.level])
             table.add_row(mark, finding.name, finding.text + change)
     if table.row_count:
-        console.table(table)
+        console.table(table, fold=True)
     levels = [finding.level for finding in findings]
     counts = {word: levels.count(level) for level, word in WORDS.items() if level in levels}
     others = "".join(f", {count} {word}{'s' * (count > 1)}" for word, count in counts.items())
