@@ -95,14 +95,11 @@ def log(database: Database, runs: Iterable[TrackedRun], paths: Sequence[Path]) -
     Raises:
         TrackingError: the tracking store refuses them.
     """
-    from mlflow.exceptions import MlflowException
-
     those = targets(database, runs)
     try:
         for run in those:
             for path in paths:
-                database.client.log_artifact(run, str(path), FOLDER)
-    except (MlflowException, OSError) as error:
-        problem = str(error).splitlines()[0]
-        raise TrackingError(f"{database.uri}: artefacts cannot be logged ({problem}); log=false skips this") from error
+                database.log(run, path, FOLDER)
+    except TrackingError as error:
+        raise TrackingError(f"{error}; log=false skips this") from error
     return len(those)

@@ -1,6 +1,7 @@
 """Imports before any computation: errors in settings are reported at once, without an import of torch."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,16 @@ def test_every_judge_is_built_without_anything_heavy(tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text("{}")
     options = {path.stem: NEEDED.get(path.stem, []) for path in sorted((conf_folder() / "judge").glob("*.yaml"))}
     assert found_by(BUILD, [HEAVY, str(conf_folder()), options], tmp_path) == {option: [] for option in options}
+
+
+def test_runs_in_a_file_are_read_without_mlflow(migrated: Path, tmp_path: Path) -> None:
+    """Its import takes longer than a report."""
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    script = """
+import json, sys
+from dnpo.tracking.reading import Database
+(file,) = json.loads(sys.argv[1])
+sweeps = Database(f"sqlite:///{file}", "Default").sweeps()
+print(json.dumps({"sweeps": list(sweeps), "heavy": [each for each in ("mlflow", "sqlalchemy") if each in sys.modules]}))
+"""
+    assert found_by(script, [str(tmp_path / "mlflow.db")], tmp_path) == {"sweeps": [], "heavy": []}

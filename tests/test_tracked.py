@@ -18,6 +18,7 @@ from dnpo.tracking.client import connect
 from dnpo.tracking.earlier import complete
 from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import STEPS_OF, Database, is_of_sweep, iteration_name, read_stage_keys
+from dnpo.tracking.sources import Served, open_source
 from dnpo.tracking.writing import MLflowTracking
 from tests.test_building import composed
 
@@ -108,6 +109,53 @@ def test_steps_that_another_run_tracked_are_read_from_the_rows(migrated: Path, t
     assert run.history("sft/loss/policy") == [(0, 2.0), (1, 1.9)]
     assert run.history("like/loss/policy") == [(2, 0.4)]
     assert run.history("loss/noise") == []
+
+
+def test_a_file_is_read_as_mlflows_client_reads_it(uri: str, tmp_path: Path) -> None:
+    """Not-a-number values, deleted runs and deleted experiments too."""
+    copied = tmp_path / "mlflow.db"
+    shutil.copy(uri.removeprefix("sqlite:///"), copied)
+    uri = f"sqlite:///{copied}"
+    client = connect(uri)
+    client.delete_experiment(client.create_experiment("deleted"))
+    experiment = client.create_experiment("other")
+    gone, failed = (client.create_run(experiment, run_name=name, tags={"x": "it's"}).info.run_id for name in "ab")
+    client.delete_run(gone)
+    for step, value in ((3, float("nan")), (1, 2.0), (1, 3.0), (2, float("inf"))):
+        client.log_metric(failed, "m", value, step=step)
+    by_file, by_client = open_source(uri), Served(uri, client)
+    assert by_file.experiments() == by_client.experiments()
+    assert {"other", "dnpo"} <= by_file.experiments().keys()
+    for each in by_file.experiments().values():
+        for tags in ({}, {"dnpo.sweep_name": "main", "dnpo.kind": "run"}, {"x": "it's"}):
+            found = by_file.runs(each, tags)
+            assert found == by_client.runs(each, tags)
+            assert all(by_file.run(run.id) == by_client.run(run.id) == run for run in found)
+    assert len(by_file.runs(by_file.experiments()["dnpo"], {"dnpo.sweep_name": "main", "dnpo.kind": "run"})) == 2
+    assert by_file.run(gone) is by_client.run(gone) is by_file.run("none") is by_client.run("none") is None
+    assert str(by_file.history(failed, "m")) == str(by_client.history(failed, "m"))
+    assert by_file.history(failed, "m")[1] == (1, 2.0)
+    assert by_file.history(failed, "none") == by_client.history(failed, "none") == []
+
+
+def test_a_file_is_added_to_a_run_where_mlflow_finds_it(uri: str, tmp_path: Path) -> None:
+    database = Database(uri)
+    run = database.runs()[0]
+    (tmp_path / "page.html").write_text("text")
+    database.log(run.id, tmp_path / "page.html", "pages")
+    assert [each.path for each in database.client.list_artifacts(run.id, "pages")] == ["pages/page.html"]
+    assert Path(run.artifact("pages/page.html") or "").read_text() == "text"
+    with pytest.raises(TrackingError, match="run none does not exist"):
+        database.log("none", tmp_path / "page.html")
+
+
+def test_a_file_without_mlflows_tables_is_no_tracking_store(tmp_path: Path) -> None:
+    (tmp_path / "empty.db").touch()
+    (tmp_path / "text.db").write_text("text " * 200)
+    with pytest.raises(TrackingError, match=r"empty\.db: it is not a database of MLflow"):
+        Database(f"sqlite:///{tmp_path / 'empty.db'}")
+    with pytest.raises(TrackingError, match=r"text\.db: cannot be used \(file is not a database\)"):
+        Database(f"sqlite:///{tmp_path / 'text.db'}")
 
 
 @pytest.mark.parametrize(("total", "every"), [(TRACKED, 1), (TRACKED + 1, 2), (3 * TRACKED, 3)])

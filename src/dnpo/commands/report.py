@@ -67,7 +67,7 @@ def _report(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / ARTIFACT
         path.write_text(text, encoding="utf-8")
-        database.client.log_artifact(selection.own.id, str(path))
+        database.log(selection.own.id, path)
     say(f"kept in MLflow as {ARTIFACT} of run {selection.own.id}")
 
 

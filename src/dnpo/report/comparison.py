@@ -48,7 +48,7 @@ class Items:
         path = f"items/{iteration_name(iteration)}.parquet"
         if (run.id, path) not in self._kept:
             file: Path | None = run.artifact(path)
-            self._kept[run.id, path] = None if file is None else pq.read_table(file)
+            self._kept[run.id, path] = None if file is None else pq.ParquetFile(file).read(use_threads=False)
         return self._kept[run.id, path]
 
     def of(self, run: TrackedRun, iteration: int | str, measure: ReportMeasure) -> dict[str, float]:

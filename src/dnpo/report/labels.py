@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from dnpo.catalogue import metric
 from dnpo.judges.agreement import sentence
@@ -187,11 +186,10 @@ def _second(runs: Sequence[TrackedRun], items: Items) -> str:
         rows = items.table(run, run.last["iteration"]) if is_complete(run) else None
         if rows is None or "second" not in rows.column_names:
             continue
-        both = rows.filter(
-            (pc.field("kind") == "sample") & pc.field("score").is_valid() & pc.field("second").is_valid()
-        )
-        first += both["score"].to_pylist()
-        second += both["second"].to_pylist()
+        for kind, *scores in zip(*(rows[name].to_pylist() for name in ("kind", "score", "second")), strict=True):
+            if kind == "sample" and None not in scores:
+                first.append(scores[0])
+                second.append(scores[1])
     if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return ""
     from scipy.stats import spearmanr

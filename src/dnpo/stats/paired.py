@@ -4,8 +4,9 @@
 ``sampling.py`` pass@k and majority votes.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +27,6 @@ class Comparison:
     Attributes:
         a, b, difference: means with their 95 % intervals.
         kind: ``right`` for right/wrong, ``scores`` for all else.
-        tests: p of every test, by name.
         p: with t intervals the p of the same model, so p ≤ 0.05 exactly if the interval excludes 0; with bootstrap
             intervals the largest p of all tests.
         effect: effect size: Cohen's g for right/wrong, Cohen's d_z for scores; None if it cannot be computed.
@@ -39,13 +39,18 @@ class Comparison:
     b: Estimate
     difference: Estimate
     kind: Literal["right", "scores"]
-    tests: Mapping[str, float]
     p: float
     effect: float | None
     detectable: float | None
     items: int
     seeds: int
     notes: tuple[str, ...]
+    _all_tests: Callable[[], dict[str, float]] = field(repr=False, compare=False)
+
+    @cached_property
+    def tests(self) -> Mapping[str, float]:
+        """p of every test, by name. They are computed when they are asked for, because ``scipy.stats`` loads slowly."""
+        return self._all_tests()
 
 
 def compare_paired(
@@ -91,10 +96,8 @@ def compare_paired(
     kind = kind or ("right" if binary else "scores")
 
     mean = estimate_mean(difference_SI)
-    tests = _tests(difference_SI, kind)
     by_model = 1.0 if mean is None else mean.p()
-    if seeds > 1 or interval == "t":
-        tests["t test over items and seeds" if seeds > 1 else "t test over items"] = by_model
+    tests = partial(_tests, difference_SI, kind, by_model if seeds > 1 or interval == "t" else None)
     effect = cohens_dz(difference_SI.mean(0))
     if kind == "right":
         effect = cohens_g(int((difference_SI > 0).sum()), int((difference_SI < 0).sum()))
@@ -104,13 +107,13 @@ def compare_paired(
         theirs,
         apart,
         kind,
-        tests,
-        by_model if interval == "t" else max(tests.values()),
+        by_model if interval == "t" else max(tests().values()),
         effect,
         mean.detectable() if mean and mean.error else None,
         items,
         seeds,
         _notes(seeds, items, dropped, interval, bool(mean and not mean.error)),
+        tests,
     )
 
 
@@ -151,13 +154,18 @@ def _differences(a_SI: Array, b_SI: Array) -> Array:
     return rounded_SI
 
 
-def _tests(difference_SI: Array, kind: str) -> dict[str, float]:
-    """The test over items, with seeds combined."""
+def _tests(difference_SI: Array, kind: str, by_model: float | None) -> dict[str, float]:
+    """The test over items, with seeds combined, and the t test if its p is given."""
+    seeds = len(difference_SI)
     if kind == "scores":
-        return {"Wilcoxon's signed-rank test over items": wilcoxon(difference_SI.mean(0))}
-    if len(difference_SI) > 1:
-        return {"McNemar's test, clustered by item": mcnemar_clustered(difference_SI)}
-    return {"McNemar's exact test": mcnemar(int((difference_SI > 0).sum()), int((difference_SI < 0).sum()))}
+        tests = {"Wilcoxon's signed-rank test over items": wilcoxon(difference_SI.mean(0))}
+    elif seeds > 1:
+        tests = {"McNemar's test, clustered by item": mcnemar_clustered(difference_SI)}
+    else:
+        tests = {"McNemar's exact test": mcnemar(int((difference_SI > 0).sum()), int((difference_SI < 0).sum()))}
+    if by_model is not None:
+        tests["t test over items and seeds" if seeds > 1 else "t test over items"] = by_model
+    return tests
 
 
 def _estimates(a_SI: Array, b_SI: Array, interval: str, seed: int, resamples: int) -> list[Estimate]:

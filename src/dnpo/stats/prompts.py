@@ -3,6 +3,7 @@
 Screen and report use these, so that they show the same numbers.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,14 +23,13 @@ def by_prompt(items: "pa.Table", kind: str, column: str) -> dict[str, float]:
         kind: the kind of responses that count: ``human``, ``greedy`` or ``sample``.
         column: the column to average, such as ``score``.
     """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    rows = items.filter(pc.field("kind") == kind)
-    values_by_id = pa.table({"id": rows["id"], "value": rows[column].cast(pa.float64())})
-    means = values_by_id.group_by("id").aggregate([("value", "mean")])
-    values = [float("nan") if value is None else value for value in means["value_mean"].to_pylist()]
-    return {} if np.isnan(values).all() else dict(zip(means["id"].to_pylist(), values, strict=True))
+    found: dict[str, list[float]] = {}
+    rows = zip(items["id"].to_pylist(), items["kind"].to_pylist(), items[column].to_pylist(), strict=True)
+    for id, of_kind, value in rows:
+        if of_kind == kind:
+            found.setdefault(id, []).extend(() if value is None else (float(value),))
+    means = {id: sum(values) / len(values) if values else math.nan for id, values in found.items()}
+    return {} if all(map(math.isnan, means.values())) else means
 
 
 def mean(x_SI: Array) -> Estimate:

@@ -18,6 +18,7 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from dnpo import catalogue
+from dnpo.disk import name_aside
 from dnpo.errors import DataError, TrackingError
 from dnpo.former import MOVED
 from dnpo.records import mean_over_steps
@@ -26,7 +27,7 @@ from dnpo.tracking import PARENT_ID
 from dnpo.tracking.client import connect, make_absolute
 from dnpo.tracking.earlier import complete
 from dnpo.tracking.packing import PREFIXES, STAGES, STEPS, unpack
-from dnpo.tracking.sqlite import file_of
+from dnpo.tracking.sources import Source, StoredRun, open_source
 from dnpo.wording import plural
 
 FINISHED = "FINISHED"
@@ -59,7 +60,7 @@ class TrackedRun:
     tags: Mapping[str, str]
     params: Mapping[str, str]
     artifacts: str
-    _client: Any = field(repr=False, compare=False)
+    _source: Source = field(repr=False, compare=False)
 
     @property
     def seed(self) -> int:
@@ -105,10 +106,7 @@ class TrackedRun:
 
     def history(self, metric: str) -> list[tuple[int, float]]:
         """Return the steps and values of a metric, ordered by step; if a step was logged twice, the later value."""
-        points = self._client.get_metric_history(self.id, metric)
-        by_step = dict(self._read_cached_steps(metric))
-        by_step |= {int(p.step): float(p.value) for p in sorted(points, key=lambda p: p.timestamp)}
-        return sorted(by_step.items())
+        return sorted({**dict(self._read_cached_steps(metric)), **dict(self._source.history(self.id, metric))}.items())
 
     def over_steps(self, metric: str) -> list[tuple[int, float]]:
         """Return a metric of training steps, as :meth:`history`, but from the run's files: one query less for each."""
@@ -149,17 +147,12 @@ class TrackedRun:
 
     def artifact(self, path: str) -> Path | None:
         """Return a local, read-only path to a tracked file, downloading it if necessary; None if there is none."""
-        from mlflow.exceptions import MlflowException
-
-        if self.artifacts.startswith("file://"):
-            local = Path(url2pathname(urlparse(self.artifacts).path)) / path
-            return local if local.exists() else None
+        folder = _local(self.artifacts)
+        if folder is not None:
+            return folder / path if (folder / path).exists() else None
         where = _scratch() / self.id
         where.mkdir(parents=True, exist_ok=True)
-        try:
-            return Path(self._client.download_artifacts(self.id, path, str(where)))
-        except (MlflowException, OSError):
-            return None
+        return self._source.download(self.id, path, where)
 
 
 def mean_of_metric(uri: str, run: str, metric: str) -> float:
@@ -168,15 +161,13 @@ def mean_of_metric(uri: str, run: str, metric: str) -> float:
     Raises:
         TrackingError: the store has no such run, or the run did not track the metric.
     """
-    from mlflow.exceptions import MlflowException
-
-    client = connect(make_absolute(uri))
-    try:
-        tracked = _run(client.get_run(run), client)
-        rows = dict(tracked.history("rows"))
-        steps = [{metric: value, "rows": rows.get(step, 1.0)} for step, value in tracked.history(metric)]
-    except MlflowException as error:
-        raise TrackingError(f"run:{run}: not found in tracking.uri={uri}: {error}") from error
+    source = open_source(uri)
+    found = source.run(run)
+    if found is None:
+        raise TrackingError(f"run:{run}: not found in tracking.uri={uri}")
+    tracked = _run(found, source)
+    rows = dict(tracked.history("rows"))
+    steps = [{metric: value, "rows": rows.get(step, 1.0)} for step, value in tracked.history(metric)]
     if not steps:
         raise TrackingError(f"run:{run}: it tracked no {metric}; give a run with npo=trainable or npo=fixed")
     return mean_over_steps(steps, metric)
@@ -188,13 +179,13 @@ def read_stage_keys(uri: str) -> dict[str, set[str]]:
     Raises:
         TrackingError: there is no such tracking store.
     """
-    client = _connect(uri)
+    source = open_source(uri)
     found = {}
-    for experiment in client.search_experiments():
-        for run in _search(client, experiment.experiment_id):
-            tags, _ = unpack(run.data.tags, run.data.params)
+    for experiment in source.experiments().values():
+        for run in source.runs(experiment, {}):
+            tags, _ = unpack(run.tags, run.params)
             keys = {value for name, value in tags.items() if name.startswith(STAGE)}
-            found[f"{run.info.run_name} ({run.info.run_id[:8]})"] = keys
+            found[f"{run.name} ({run.id[:8]})"] = keys
     return found
 
 
@@ -233,12 +224,37 @@ class Database:
 
     def __init__(self, uri: str = "sqlite:///mlflow.db", experiment: str = "dnpo") -> None:
         self.uri, self.experiment = make_absolute(uri), experiment
-        self.client = _connect(uri)
-        found = self.client.get_experiment_by_name(experiment)
-        if found is None:
-            known = [each.name for each in self.client.search_experiments()]
+        self._source = open_source(uri)
+        known = self._source.experiments()
+        if experiment not in known:
             raise TrackingError(f"{uri}: it has no experiment {experiment}.{nearest(experiment, known)}")
-        self.experiment_id = str(found.experiment_id)
+        self.experiment_id = known[experiment]
+
+    @cached_property
+    def client(self) -> Any:
+        """MLflow's client, by which results are added."""
+        return connect(self.uri)
+
+    def log(self, run: str, file: Path, folder: str = "") -> None:
+        """Add a file to a run's artefacts, by the run's id.
+
+        Raises:
+            TrackingError: the run does not exist, or the file cannot be written there.
+        """
+        tracked = self._source.run(run)
+        if tracked is None:
+            raise TrackingError(f"{self.uri}: run {run} does not exist, so {file.name} cannot be added to it")
+        to = _local(tracked.artifacts)
+        if to is None:
+            self._source.upload(run, file, folder)
+            return
+        place = to / folder / file.name
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            name_aside(place).write_bytes(file.read_bytes())
+            name_aside(place).replace(place)
+        except OSError as error:
+            raise TrackingError(f"{place}: {error.strerror}; {file.name} cannot be added to run {run}") from error
 
     def runs(
         self, *, sweeps: Sequence[str] = (), ids: Sequence[str] = (), tags: Mapping[str, str] | None = None
@@ -274,24 +290,16 @@ class Database:
 
     def find_named_sweep(self, name: str) -> list[TrackedRun]:
         """Return the training runs of all sweeps of this name, oldest first, without reading the other runs."""
-        if not name or set(name) & {"'", '"', "`"}:  # they cannot be quoted in a filter
-            return []
-        named = f"tags.`{SWEEP}` = '{name}' and tags.`{KIND}` = 'run'"
-        found = [_run(each, self.client) for each in _search(self.client, self.experiment_id, named)]
-        return sorted(found, key=lambda run: run.started)
+        found = self._source.runs(self.experiment_id, {SWEEP: name, KIND: "run"}) if name else []
+        return sorted((_run(each, self._source) for each in found), key=lambda run: run.started)
 
     def parent(self, run: TrackedRun) -> TrackedRun | None:
         """Return the parent run of the sweep that a run belongs to; None if it belongs to none."""
-        from mlflow.exceptions import MlflowException
-
         id = run.tags.get(PARENT)
         if id is None or "_all" in vars(self):
             return next((each for each in self._all if each.id == id), None) if id else None
-        try:
-            found = self.client.get_run(id)
-        except MlflowException:
-            return None
-        return _run(found, self.client) if found.info.lifecycle_stage == "active" else None
+        found = self._source.run(id)
+        return None if found is None else _run(found, self._source)
 
     def _find_by_sweep(self, sweep: str, every: Sequence[TrackedRun]) -> list[TrackedRun]:
         parents = {
@@ -319,7 +327,7 @@ class Database:
     @cached_property
     def _all(self) -> list[TrackedRun]:
         """All runs of the experiment, read once."""
-        return [_run(each, self.client) for each in _search(self.client, self.experiment_id)]
+        return [_run(each, self._source) for each in self._source.runs(self.experiment_id, {})]
 
 
 def is_of_sweep(parent: TrackedRun, folder: Path) -> bool:
@@ -333,41 +341,22 @@ def is_of_sweep(parent: TrackedRun, folder: Path) -> bool:
     return Path(parent.tags.get("dnpo.sweep", "/")) in (folder.absolute(), folder.resolve())
 
 
-def _connect(uri: str) -> Any:
-    """Connect to a tracking store.
-
-    Raises:
-        TrackingError: there is none.
-    """
-    file = file_of(make_absolute(uri))
-    if file is not None and not file.is_file():
-        raise TrackingError(f"{uri}: there is no such database; give uri=…, where runs were tracked")
-    return connect(make_absolute(uri))
+def _local(artifacts: str) -> Path | None:
+    """Return the folder at an address of artefacts; None if it is not on this machine."""
+    return Path(url2pathname(urlparse(artifacts).path)) if artifacts.startswith("file://") else None
 
 
-def _search(client: Any, experiment: str, among: str = "") -> Iterator[Any]:
-    """Yield all runs of an experiment that are not deleted, and that a filter of MLflow's finds."""
-    page = None
-    while True:
-        found = client.search_runs([experiment], among, max_results=1000, page_token=page)
-        yield from found
-        page = found.token
-        if not page:
-            return
-
-
-def _run(found: Any, client: Any) -> TrackedRun:
-    info = found.info
-    seconds = (info.end_time - info.start_time) / 1000 if info.end_time else None
-    tags, params = unpack(found.data.tags, found.data.params)
+def _run(found: StoredRun, source: Source) -> TrackedRun:
+    seconds = (found.ended - found.started) / 1000 if found.ended else None
+    tags, params = unpack(found.tags, found.params)
     return TrackedRun(
-        info.run_id,
-        info.run_name,
-        info.status,
-        info.start_time,
+        found.id,
+        found.name,
+        found.status,
+        found.started,
         seconds,
         tags,
         complete({name: MOVED.get(value, value) for name, value in params.items()}),
-        info.artifact_uri,
-        client,
+        found.artifacts,
+        source,
     )

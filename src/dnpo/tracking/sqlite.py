@@ -45,7 +45,7 @@ def prepare(uri: str) -> None:
     file = file_of(uri)
     if file is None:
         return
-    with _explain(file):
+    with explain(file):
         if _is_current(file):
             return
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def try_file(file: Path) -> None:
     Raises:
         TrackingError: they cannot, or it is not a database of MLflow.
     """
-    with _explain(file):
+    with explain(file):
         if not file.exists():
             folder = next(each for each in file.parents if each.exists())
             if not os.access(folder, os.W_OK) or not folder.is_dir():
@@ -199,7 +199,7 @@ def _remove_journals(file: Path) -> None:
 
 
 @contextmanager
-def _explain(file: Path) -> Iterator[None]:
+def explain(file: Path) -> Iterator[None]:
     """Turn the errors of files and databases into messages that name the file."""
     try:
         yield
