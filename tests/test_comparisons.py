@@ -115,6 +115,7 @@ def test_wilcoxon_equals_all_sign_flips(apart: list[float]) -> None:
     seen = abs(ranks @ np.sign(d[d != 0]))
     turned = [abs(ranks @ np.array(signs)) for signs in product((-1, 1), repeat=len(ranks))]
     assert wilcoxon(d) == pytest.approx(np.mean([one >= seen - 1e-9 for one in turned]))
+    assert wilcoxon(d) == stats.wilcoxon(d, zero_method="pratt").pvalue
 
 
 def test_wilcoxon_with_many_zeros_is_the_sign_test() -> None:

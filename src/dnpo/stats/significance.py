@@ -9,6 +9,7 @@ from dnpo.errors import DataError
 from dnpo.stats.intervals import Array, still
 
 DIGITS = 9  # significant digits of the largest difference; the rest is rounding error, which must not break ties
+FLIPPED = 13  # largest number of items with zeros or ties of which scipy tries all signs
 
 
 def mcnemar(only_a: int, only_b: int, variant: Literal["exact", "mid-p", "chi-square"] = "exact") -> float:
@@ -57,13 +58,26 @@ def wilcoxon(difference_I: Array) -> float:
     and up to 13 with them, otherwise from a normal approximation that accounts for both. It is 1 if all differences are
     zero.
     """
+    from scipy.stats import permutation_test
     from scipy.stats import wilcoxon as exact_or_normal
 
     largest = float(np.abs(difference_I).max(initial=0.0))
     rounded = np.round(difference_I / largest, DIGITS) if largest else difference_I
     if not rounded.any():
         return 1.0
-    return float(exact_or_normal(rounded, zero_method="pratt").pvalue)
+    if len(rounded) <= FLIPPED and (np.diff(np.sort(np.abs(rounded)), prepend=0.0) == 0.0).any():  # zeros or ties
+        found = permutation_test((rounded,), _positive_ranks, permutation_type="samples", vectorized=True)
+    else:
+        found = exact_or_normal(rounded, zero_method="pratt")
+    return float(found.pvalue)
+
+
+def _positive_ranks(difference_XI: Array, axis: int) -> Array:
+    """The sum of the ranks of the positive differences in each row. scipy's function computes one row at a time."""
+    from scipy.stats import rankdata
+
+    sums_X: Array = np.where(difference_XI > 0, rankdata(np.abs(difference_XI), axis=axis), 0.0).sum(axis)
+    return sums_X
 
 
 def holm(ps: Sequence[float]) -> list[float]:
