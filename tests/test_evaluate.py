@@ -152,7 +152,7 @@ def test_metrics_are_the_means_of_their_items(measured: tuple[dict[str, float], 
     assert metrics["eval/score"] == pytest.approx(np.mean([item.score for item in samples]))
     assert metrics["eval/pass_at_1"] == pytest.approx(np.mean([bool(item.right) for item in samples]))
     assert metrics["eval/tokens"] == pytest.approx(np.mean([item.tokens for item in samples]))
-    assert all((item.logprob is None) == (item.kind == "human") and item.second is None for item in items)
+    assert all(item.logprob is not None and item.second is None for item in items)
 
 
 def test_distributions_are_kept_whole_and_their_distance_is_kolmogorov_smirnov(

@@ -182,7 +182,7 @@ class Item:
         score: None if the judge gave none.
         second: the second judge's score; None if there is none.
         right: whether it gives the prompt's answer; None if prompts have none.
-        logprob: in nats, under the policy that generated it; None for human ones.
+        logprob: in nats, under the policy that is measured; None for human ones in files of earlier versions.
     """
 
     id: str

@@ -109,7 +109,7 @@ def evaluate(
         metrics |= {f"eval/{name}": value for name, value in quality(verdicts, len(held.human)).items()}
         metrics |= {f"eval/{name}": value for name, value in tally(verdicts).items()}
     write(folder / "samples.parquet", [*greedy, *fresh, *new], Response)
-    write(folder / "items.parquet", _items(held, greedy, fresh, verdicts, checkable), Item)
+    write(folder / "items.parquet", _items(held, human_logps, greedy, fresh, verdicts, checkable), Item)
     metrics |= _distributions(known, chosen, rejected, new, folder)
     return metrics
 
@@ -212,7 +212,12 @@ def quality(verdicts: Sequence[Verdict], count: int) -> dict[str, float]:
 
 
 def _items(
-    held: Held, greedy: Sequence[Response], fresh: Sequence[Response], verdicts: Sequence[Verdict], checkable: bool
+    held: Held,
+    human_logps: Sequence[float],
+    greedy: Sequence[Response],
+    fresh: Sequence[Response],
+    verdicts: Sequence[Verdict],
+    checkable: bool,
 ) -> list[Item]:
     """The result of each held-out response, in the order of the verdicts."""
     count = len(held.prompts)
@@ -229,7 +234,7 @@ def _items(
                 second=None,
                 right=correct(prompt, response.text) if checkable else None,
                 tokens=response.tokens,
-                logprob=response.logprob,
+                logprob=human_logps[i] if i < count else response.logprob,
             )
         )
     return items

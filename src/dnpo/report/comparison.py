@@ -12,7 +12,7 @@ from dnpo.catalogue import COMPARED, Metric, metric
 from dnpo.report.groups import Group, Groups, Member, iteration_title
 from dnpo.stats.intervals import Array, Estimate, estimate_mean
 from dnpo.stats.paired import compare_paired
-from dnpo.stats.prompts import by_prompt, change
+from dnpo.stats.prompts import by_prompt, change, loss_by_prompt
 from dnpo.stats.prompts import mean as estimate
 from dnpo.stats.table import Cell, Table, table
 from dnpo.tracking.reading import TrackedRun, iteration_name
@@ -31,8 +31,14 @@ class ReportMeasure:
     column: str = ""
 
 
-ITEMS = {"eval/score": ("sample", "score"), "second/score": ("sample", "second"), "eval/accuracy": ("greedy", "right")}
+ITEMS = {
+    "eval/score": ("sample", "score"),
+    "second/score": ("sample", "second"),
+    "eval/accuracy": ("greedy", "right"),
+    "eval/loss": ("human", "logprob"),
+}
 MEASURES = tuple(ReportMeasure(metric(name), *ITEMS.get(name, ())) for name in COMPARED)
+DISTANCES = tuple(ReportMeasure(metric(name)) for name in ("drift/kl", "drift/initial"))  # what the gains cost
 FLIPS = ReportMeasure(metric("pairs/flips"))
 
 
@@ -56,9 +62,14 @@ class Items:
         key = (run.id, iteration, measure.metric.name)
         if key not in self._means:
             rows = self.table(run, iteration) if measure.kind else None
-            there = rows is not None and measure.column in rows.column_names
-            self._means[key] = by_prompt(rows, measure.kind, measure.column) if rows is not None and there else {}
+            self._means[key] = _by_prompt(rows, measure) if rows is not None else {}
         return self._means[key]
+
+
+def _by_prompt(rows: pa.Table, measure: ReportMeasure) -> dict[str, float]:
+    if measure.column not in rows.column_names:
+        return {}
+    return loss_by_prompt(rows) if measure.kind == "human" else by_prompt(rows, measure.kind, measure.column)
 
 
 @dataclass(frozen=True)

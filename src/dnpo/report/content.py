@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from dnpo.palette import SERIES, choose_looks
 from dnpo.report import figures, labels, origins, outcome
-from dnpo.report.comparison import MEASURES, Items, MeasureComparison, compare
+from dnpo.report.comparison import DISTANCES, MEASURES, Items, MeasureComparison, compare
 from dnpo.report.figures import Picture
 from dnpo.report.groups import Group, Groups, Member, describe_state, group_runs, is_complete, iteration_title, rows_of
 from dnpo.report.markdown import render
@@ -31,7 +31,8 @@ def content(selection: Selection, uri: str) -> dict[str, Any]:
     """
     runs, sweep, items = selection.runs, selection.sweep, Items()
     groups = group_runs(runs) if sweep else _group_alone(runs[0])
-    compared = [comparison for m in MEASURES if (comparison := compare(groups, m, items)) is not None] if sweep else []
+    measures = (*MEASURES, *DISTANCES) if sweep else ()
+    compared = [comparison for m in measures if (comparison := compare(groups, m, items)) is not None]
     shown = choose_looks({group.label: group.options for group in groups.groups[: len(SERIES)]})
     lineage = origins.lineage(runs, selection.own if sweep else None)
     claims, why = _claims(selection.own) if sweep else ([], "")
@@ -47,7 +48,10 @@ def content(selection: Selection, uri: str) -> dict[str, Any]:
         "outcome": outcome.of_sweep(groups, compared) if sweep else outcome.of_run(member, items) if member else [],
         "first": outcome.rank(groups, compared) if sweep else None,
         "lead": _lead(groups, compared, drawn, sweep),
-        "parts": [each for each in (selection.left_out, why) if each] if sweep else _list_caveats(runs[0]),
+        "parts": [
+            *([each for each in (selection.left_out, why) if each] if sweep else _list_caveats(runs[0])),
+            *outcome.warnings(groups, sweep),
+        ],
         "missing": groups.missing,
         "tiles": outcome.tiles(alone, items) if alone else [],
         "groups": groups,

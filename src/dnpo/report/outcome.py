@@ -6,16 +6,17 @@ from typing import Any
 
 from dnpo import catalogue
 from dnpo.report.comparison import FLIPS, MEASURES, Items, MeasureComparison, ReportMeasure, gain
-from dnpo.report.groups import Group, Groups, Member, iteration_title
+from dnpo.report.groups import Group, Groups, Member, is_complete, iteration_title
 from dnpo.report.page import format_value, number
 from dnpo.stats.intervals import Estimate
+from dnpo.stats.overoptimised import describe_overoptimisation
 from dnpo.tracking.reading import SFT
 from dnpo.wording import duration
 
 # The tables of one run.
 QUALITY = (
     *("eval/score", "eval/score_greedy", "second/score", "eval/accuracy", "leaderboard/average", "eval/win"),
-    *("eval/tie", "eval/lose", "eval/loss", "eval/tokens", "seconds"),
+    *("eval/tie", "eval/lose", "eval/loss", "drift/kl", "drift/initial", "eval/tokens", "seconds"),
 )
 TRAINING = (
     *("pairs/pairs", "pairs/flips", "labels/noise", "logps/chosen", "logps/rejected", "logps/new", "stagnation/ks"),
@@ -28,6 +29,28 @@ MOST_NAMED = 8  # groups whose numbers fit in a sentence
 def of_run(member: Member, items: Items) -> list[str]:
     """Return a sentence per measure: before, after, and the interval of the difference."""
     return [text for measure in MEASURES if (text := _describe_gain(member, measure, items))]
+
+
+def warnings(groups: Groups, sweep: bool) -> list[str]:
+    """Return the warnings of over-optimisation: a run's, or for each group of a sweep how many runs have one."""
+    found = []
+    for group in groups.groups:
+        warned = {
+            m.run.seed: each
+            for m in group.members
+            if (each := is_complete(m.run) and m.run.summary.get("overoptimised"))
+        }
+        if warned and sweep:
+            against = dict.fromkeys(catalogue.metric(name).title.lower() for each in warned.values() for name in each)
+            score, *others = against
+            found.append(
+                f"Over-optimised? {group.label}, seeds {', '.join(map(str, sorted(warned)))} of "
+                f"{len(group.members)}: the {score} rises, but by {' or '.join(others)} the policy gets worse. The "
+                "figures of these measures over iterations show it."
+            )
+        elif warned:
+            found += [describe_overoptimisation(each, "The figure of each by iteration") for each in warned.values()]
+    return found
 
 
 def _describe_gain(member: Member, measure: ReportMeasure, items: Items) -> str:

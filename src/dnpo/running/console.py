@@ -28,7 +28,7 @@ FAMILIES = "eval/accuracy/<family>"
 COLUMNS = (
     *("eval/score", "second/score", "leaderboard/average", FAMILIES, "eval/accuracy", "eval/win", "eval/tie"),
     *("eval/lose", "pairs/flips", "logps/chosen", "logps/rejected", "logps/new", "stagnation/ks", "eval/loss"),
-    *("loss/policy", "loss/noise", "seconds"),
+    *("drift/kl", "drift/initial", "loss/policy", "loss/noise", "seconds"),
 )
 BEST = "▸"
 WIDE = 28  # letters of a stage's title

@@ -10,13 +10,15 @@ from dnpo.catalogue import metric
 from dnpo.running import best as choosing
 from dnpo.running.console import BEST, Console, compact_table
 from dnpo.stats.intervals import Estimate
-from dnpo.stats.prompts import by_prompt, change, mean
+from dnpo.stats.prompts import by_prompt, change, loss_by_prompt, mean
 
 MEASURED = {
     "eval/score": ("sample", "score"),
     "second/score": ("sample", "second"),
     "eval/accuracy": ("greedy", "right"),
+    "eval/loss": ("human", "logprob"),
 }
+BARE = ("eval/loss",)  # in the narrow table without its interval, for which there is no room
 
 
 def show_briefly(
@@ -26,12 +28,12 @@ def show_briefly(
 
     Args:
         rows: the run's table, a row per policy.
-        evaluations: the evaluation of each policy, a finished stage's folder.
+        evaluations: for each policy, the folder of a finished stage with its results by prompt.
         by: the metric that decides which row is marked; None: the score, or the held-out loss if nothing is scored.
     """
     by = by or choosing.default_metric(rows)
     results = read_results(evaluations)
-    around = _halves(results)
+    around = {name: halves for name, halves in _halves(results).items() if name not in BARE}
     best = find_best(rows, by)
     console.table(compact_table([dict(row) for row in rows], around, best))
     console.say("")
@@ -41,7 +43,17 @@ def show_briefly(
 
 def read_results(evaluations: Sequence[Path]) -> dict[str, list[dict[str, float]]]:
     """Read, by metric, each policy's results by prompt; empty where there are none."""
-    return {name: [_read(folder, *MEASURED[name]) for folder in evaluations] for name in MEASURED}
+    return {name: [_read(folder, name) for folder in evaluations] for name in MEASURED}
+
+
+def find_gains(evaluations: Sequence[Path]) -> dict[str, Estimate]:
+    """Estimate, by metric, the difference of the last policy from the first, over prompts."""
+    found = {}
+    for name, by_policy in read_results(evaluations).items():
+        comparison = change(by_policy[-1], by_policy[0]) if len(by_policy) > 1 else None
+        if comparison is not None:
+            found[name] = comparison.difference
+    return found
 
 
 def find_halves(evaluations: Sequence[Path]) -> dict[str, list[float | None]]:
@@ -83,7 +95,8 @@ def sentences(
             continue
         low, high = (column.format(end, signed=True) for end in (found.difference.low, found.difference.high))
         ends = f"{column.format(first)} → {column.format(last)}"
-        verdict = "better" if found.difference.low > 0 else "worse" if found.difference.high < 0 else "no clear change"
+        up, down = ("worse", "better") if column.better == "lower" else ("better", "worse")
+        verdict = up if found.difference.low > 0 else down if found.difference.high < 0 else "no clear change"
         gained = column.format(last - first, signed=True)
         said.append(f"{column.title}: {ends} {column.unit}, {verdict} ({gained}; 95 % interval {low} to {high}).")
         over = f"over {found.items} held-out prompts"
@@ -95,14 +108,16 @@ def sentences(
     return said
 
 
-def _read(evaluation: Path, kind: str, column: str) -> dict[str, float]:
+def _read(evaluation: Path, name: str) -> dict[str, float]:
     import pyarrow.parquet as pq
 
     path = evaluation / "items.parquet"
     if not path.is_file():
         return {}
-    items = pq.read_table(path, columns=["id", "kind", column])
-    return by_prompt(items, kind, column)
+    kind, column = MEASURED[name]
+    if name == "eval/loss":
+        return loss_by_prompt(pq.read_table(path, columns=["id", "kind", "tokens", column]))
+    return by_prompt(pq.read_table(path, columns=["id", "kind", column]), kind, column)
 
 
 def _half(values: Mapping[str, float]) -> float | None:

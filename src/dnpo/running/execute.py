@@ -20,11 +20,12 @@ from dnpo.judges.agreement import sentence
 from dnpo.records import mean_over_steps
 from dnpo.running import best, export, notes
 from dnpo.running.console import Console, iteration_table
-from dnpo.running.ending import find_halves, show_briefly
+from dnpo.running.ending import find_gains, find_halves, show_briefly
 from dnpo.running.samples import sample_table
 from dnpo.stages.agreement import read_agreement
 from dnpo.stages.files import count_labels
 from dnpo.stages.plan import Iteration
+from dnpo.stats.overoptimised import describe_overoptimisation, find_overoptimisation
 from dnpo.store import Stage, Store, manifest, provenance, write_json
 from dnpo.store.provenance import commit
 from dnpo.tables import GROUP
@@ -34,6 +35,7 @@ from dnpo.tracking.reading import AVERAGED
 from dnpo.tracking.writing import TrackedSteps, Tracking
 
 SHOWN_PAIRS = 50
+PROGRESS = "progress.png"  # the figure of a run's measures by iteration
 GENERATED = ("cut", "responses", "tokens", "engine_mean", "engine_max")  # counts and measurements of generation
 TRACKED = 5000  # steps of a training that are tracked with all metrics; MLflow takes milliseconds for each
 SATURATED = 0.15  # a step whose mean σ(−margin) is below this counts as saturated
@@ -101,6 +103,8 @@ def execute(
         if choice.is_over(table):
             break
     planned, iterations = len(iterations) - 1, iterations[: len(table)]
+    labelled_by = find_labeller(iterations)
+    gains = find_gains([find_items(iteration, store) for iteration in iterations]) if labelled_by == "same" else {}
     summary = {
         "table": table,
         "choices": choices(),
@@ -109,7 +113,8 @@ def execute(
         "stages": used,
         "policies": [f"{iteration.policy.name}/{iteration.policy.key}" for iteration in iterations],
         "commit": commit(),
-        "labelled_by": find_labeller(iterations),
+        "labelled_by": labelled_by,
+        "overoptimised": find_overoptimisation(gains),
         "judge_agreement": read_agreement(store, iterations[-1].evaluation.settings["judge"], console.say),
         "versions": {**provenance.versions(), "mlflow": importlib.metadata.version("mlflow")},
         "made_by": list_makers(iterations, store),
@@ -124,7 +129,7 @@ def execute(
     tracking.artifact(folder / "summary.json")
     for card in export.link(summary, folder):
         tracking.artifact(card, f"models/{card.parent.name}")
-    _track_results(summary, store, tracking, folder)
+    _track_results(summary, iterations, store, tracking, folder)
     write_json(folder / "samples.json", sample_table(iterations, store, settings["eval"]["split"]))
     tracking.table(folder / "samples.json")
     ended = notes.describe_results(summary, Path(os.path.relpath(folder)), tracking.id)
@@ -330,7 +335,9 @@ def _track(
     tracking.flush()
 
 
-def _track_results(summary: Mapping[str, Any], store: Store, tracking: Tracking, folder: Path) -> None:
+def _track_results(
+    summary: Mapping[str, Any], iterations: Sequence[Iteration], store: Store, tracking: Tracking, folder: Path
+) -> None:
     """Draw and track a run's progress, and its table in Markdown and in MLflow's form."""
     rows = summary["table"]
     (folder / "table.md").write_text(notes.results(rows))
@@ -342,8 +349,7 @@ def _track_results(summary: Mapping[str, Any], store: Store, tracking: Tracking,
     given = [each for each in overrides() if not each.startswith(("method=", "seed="))]
     title = ", ".join([chosen.get("method", "dnpo"), f"seed {summary['settings']['seed']}"])
     title += f": {' '.join(given)}" if given else ""
-    keys = [stage["key"] for stage in summary["stages"] if stage["stage"] == "evaluate"]
-    around = find_halves([store.root / "evaluate" / key for key in keys]) if len(keys) == len(rows) else {}
+    around = find_halves([find_items(iteration, store) for iteration in iterations])
 
     def draw(path: Path) -> None:
         from dnpo.report.drawing import progress
@@ -353,8 +359,8 @@ def _track_results(summary: Mapping[str, Any], store: Store, tracking: Tracking,
     numbers = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
     shown = [numbers, title, options, around]
     key = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
-    _draw_once(store, key, draw, folder / "progress.png")
-    tracking.artifact(folder / "progress.png")
+    _draw_once(store, key, draw, folder / PROGRESS)
+    tracking.artifact(folder / PROGRESS)
     tracking.artifact(folder / "table.md")
     tracking.table(folder / "table.json")
 
@@ -381,6 +387,12 @@ def _hash_drawing() -> str:
     return hashlib.sha256(b"".join(code)).hexdigest()[:8]
 
 
+def find_items(iteration: Iteration, store: Store) -> Path:
+    """The folder of the stage with all results by held-out prompt: the second judge's if there is one."""
+    second = next((stage for stage in iteration.measures if stage.name == "second"), iteration.evaluation)
+    return store.folder(second)
+
+
 def rows_behind(iteration: Iteration, store: Store) -> Iterator[tuple[str, Path]]:
     """Yield the files behind an iteration's metrics, each with the artefact folder it belongs in."""
     evaluation, measures = (
@@ -388,7 +400,7 @@ def rows_behind(iteration: Iteration, store: Store) -> Iterator[tuple[str, Path]
         {stage.name: store.folder(stage) for stage in iteration.measures},
     )
     yield "logprobs", evaluation / "logprobs.npz"
-    yield "items", measures.get("second", evaluation) / "items.parquet"
+    yield "items", find_items(iteration, store) / "items.parquet"
     for kind, file in (("texts", "texts.parquet"), ("leaderboard", ITEMS)):
         if kind in measures:
             yield kind, measures[kind] / file
@@ -433,7 +445,7 @@ def show(
         console.table(iteration_table(rows), split=True)
     else:
         by = summary["choice"]["best"]["by"] if "choice" in summary else None
-        show_briefly(console, rows, [store.folder(iteration.evaluation) for iteration in iterations[: len(rows)]], by)
+        show_briefly(console, rows, [find_items(iteration, store) for iteration in iterations[: len(rows)]], by)
     if any("eval/score" in row for row in rows):
         console.tell(
             f"score: judge's mean on sampled held-out answers (0-100); {LABELS[summary['labelled_by']]}. Accuracies: "
@@ -445,6 +457,8 @@ def show(
         console.tell(
             "Losses: mean over the last tenth of the steps. log p: summed log-probability under the new policy, nats."
         )
+    if summary["overoptimised"]:
+        console.say(f"warning: {describe_overoptimisation(summary['overoptimised'], PROGRESS)}")
     for text in best.sentences(summary):
         console.tell(text)
     if "sources" in summary:

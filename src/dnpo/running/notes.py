@@ -13,6 +13,7 @@ from dnpo.data.mix import describe_sources
 from dnpo.escape import for_markdown, for_terminal
 from dnpo.judges.agreement import sentence
 from dnpo.running import best
+from dnpo.stats.overoptimised import describe_overoptimisation
 from dnpo.stats.table import markdown
 from dnpo.tracking.client import strip_password
 
@@ -26,7 +27,7 @@ MOST_MISSING = 12
 # Columns of the table; a column that no row has is left out.
 COLUMNS = (
     *("eval/score", "second/score", "eval/accuracy", "eval/win", "pairs/flips", "stagnation/ks", "eval/loss"),
-    "seconds",
+    *("drift/kl", "drift/initial", "seconds"),
 )
 
 
@@ -128,6 +129,7 @@ def describe_results(summary: Mapping[str, Any], folder: Path, run: str) -> str:
         _outcome(table),
         "",
         space_columns(results(table)),
+        *_warnings(summary),
         *(f"- {escape(each)}" for each in best.sentences(summary)),
         *([f"- {escape(describe_sources(summary['sources']))}."] if "sources" in summary else []),
         *(f"- {each}" for each in _sentences(table)),
@@ -137,6 +139,12 @@ def describe_results(summary: Mapping[str, Any], folder: Path, run: str) -> str:
     ]
     drawn = f"python -m dnpo.report {run}\npython -m analysis all runs={run}"
     return "\n".join([*lines, "", "To draw it:", "", code(drawn)]) if run else "\n".join(lines)
+
+
+def _warnings(summary: Mapping[str, Any]) -> list[str]:
+    """Return a remark on over-optimisation, if there is any."""
+    found = summary.get("overoptimised")
+    return [f"- **Warning**: {escape(describe_overoptimisation(found, 'progress.png'))}"] if found else []
 
 
 def _outcome(table: Sequence[Mapping[str, Any]]) -> str:

@@ -32,6 +32,22 @@ def by_prompt(items: "pa.Table", kind: str, column: str) -> dict[str, float]:
     return {} if all(map(math.isnan, means.values())) else means
 
 
+def loss_by_prompt(items: "pa.Table") -> dict[str, float]:
+    """Return the loss of each human response, in units in which their mean is the loss a token.
+
+    Args:
+        items: rows of :class:`dnpo.records.Item`. The result is empty if they lack log-probabilities.
+    """
+    import pyarrow.compute as pc
+
+    rows = items.filter(pc.field("kind") == "human")
+    logprobs, tokens = rows["logprob"].to_pylist(), rows["tokens"].to_pylist()
+    if not logprobs or None in logprobs:
+        return {}
+    length = sum(tokens) / len(tokens)
+    return {id: -logprob / length for id, logprob in zip(rows["id"].to_pylist(), logprobs, strict=True)}
+
+
 def mean(x_SI: Array) -> Estimate:
     """Estimate a mean over seeds and prompts (S × I); prompts without a value under some seed are left out."""
     whole = x_SI[:, ~np.isnan(x_SI).any(0)]
