@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from analysis import floats
 from analysis.claims_assess import Result
 from analysis.claims_book import Claim
 from analysis.claims_rules import ROLES, Role, count_outcomes, rule
 from dnpo.escape import for_csv, for_latex, for_markdown
 from dnpo.stats.intervals import Estimate
+from dnpo.stats.table import stack, tabular, wrapped
 
 RELATIONS = {"greater": ">", "less": "<", "at_least": "≥", "at_most": "≤"}
 COLUMNS = (
@@ -25,6 +27,10 @@ TEXTS = ("", "claim", "from", "measured")  # the other columns are aligned to th
 EMPTY_OF_CHECKS = ("SESOI", "p (adjusted)", "p negligible (adjusted)", "detectable")
 BRIEF = ("", "claim", "claimed", "effect (95 %)", "p (adjusted)", "outcome")
 HEADINGS: dict[Role, str] = {"primary": "Primary", "secondary": "Secondary", "check": "Checks"}
+TITLES: dict[Role, str] = {"primary": "Primary claims", "secondary": "Secondary claims", "check": "Checks"}
+# In LaTeX
+WRAPPED = {"claim": 0.2, "from": 0.16, "measured": 0.15, "outcome": 0.11}  # shares of the text's width
+MOST_ROWS = 8  # rows of a table that fit on a page
 
 
 def as_dict(result: Result) -> dict[str, Any]:
@@ -212,14 +218,18 @@ def brief(results: Sequence[Result], about: str) -> str:
 
 
 def latex(results: Sequence[Result], about: str) -> str:
-    """A LaTeX tabular for each role, which needs no package, with caption and remarks as comments; text is wrapped."""
-    widths = {"claim": "p{0.24\\textwidth}", "from": "p{0.08\\textwidth}", "measured": "p{0.22\\textwidth}"}
-    written = [f"% {line}" for line in [*caption(results, about), *remarks(results)]]
+    """LaTeX floats, some for each role, with the rule and the remarks as text below."""
+    counts, ruled = caption(results, about)
+    floated: list[str] = []
     for role, found in lines(results).items():
         columns = columns_of(role)
-        kinds = "".join(widths.get(column, "l") for column in columns)
-        cells = [columns, *([line[COLUMNS.index(name)] for name in columns] for line in found)]
-        head, *rows = [" & ".join(map(for_latex, row)) + r" \\" for row in cells]
-        written += [f"% {HEADINGS[role]}", f"\\begin{{tabular}}{{{kinds}}}", r"\hline", head, r"\hline"]
-        written += [*rows, r"\hline", r"\end{tabular}"]
-    return "\n".join([*written, ""])
+        kinds = "".join(wrapped(WRAPPED[name]) if name in WRAPPED else "l" for name in columns)
+        parts = [found[start : start + MOST_ROWS] for start in range(0, len(found), MOST_ROWS)]
+        for number, part in enumerate(parts, 1):
+            name = f"claims_{role}" + (f"_{number}" if number > 1 else "")
+            title = TITLES[role] + (f", part {number} of {len(parts)}" if len(parts) > 1 else "")
+            cells = [[for_latex(line[COLUMNS.index(column)]) for column in columns] for line in part]
+            written = tabular(kinds, [stack(column, "l") for column in columns], cells)
+            floated.append(floats.table(name, title, "" if floated else counts, written, []))
+    text = "\n\n".join(map(for_latex, [ruled, *remarks(results)]))
+    return "".join([*floated, f"{{\\footnotesize\n{text}\n\n}}\n"])

@@ -4,12 +4,15 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from analysis import command, floats
+from analysis import claims_book, claims_tables, command, floats
+from analysis.claims_assess import Result
+from analysis.claims_rules import Effect
 from analysis.drawing import COLUMN, FOOT_SIZE, PAGE, STYLE, find_look
 from analysis.keeping import DrawnFigure
 from analysis.results import average, benchmarks, results, score
@@ -348,6 +351,33 @@ def test_latex_is_well_formed(written: Path) -> None:
         parse_latex("\\begin{tabular}{lr}\n\\toprule\na & b & c \\\\\n\\end{tabular}")
     with pytest.raises(AssertionError):
         parse_latex("\\begin{table}\\caption{50 % of}\\end{table}")
+
+
+@pytest.fixture(scope="module")
+def claimed() -> str:
+    """The LaTeX of all registered claims, one measured and all others not."""
+    claims = claims_book.read(claims_book.FILE).claims
+    effect = Effect(Estimate(1.25, 0.5, 2.0), None, 5, 480)
+    results = [Result(claim, "not measured", reason="no runs with 5 % & x_y") for claim in claims]
+    results[0] = replace(results[0], outcome="supported", effect=effect, p=0.01, p_adjusted=0.04, reason="")
+    return claims_tables.latex(results, "All of claims.yaml.")
+
+
+def test_claims_are_floats_like_all_tables(claimed: str) -> None:
+    parse_latex(claimed)
+    assert "hline" not in claimed
+    assert claimed.count("\\toprule") == claimed.count("\\caption[") == claimed.count("\\label{tab:claims_")
+    assert len(set(re.findall(r"label\{(.*?)\}", claimed))) == claimed.count("\\label")
+    assert r"no runs with 5 \% \& x\_y" in claimed
+    assert "+1.2 (+0.5 to +2.0)" in claimed
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_tables_of_claims_fit_on_pages(claimed: str, tmp_path: Path) -> None:
+    done = compile_latex(tmp_path, claimed)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Float too large" not in done.stdout
 
 
 @pytest.mark.long

@@ -155,9 +155,9 @@ def latex(table: Table, corner: str = "") -> str:
     Non-ASCII letters of labels, except Greek ones, are not escaped; LuaTeX and XeTeX know all of them, pdfTeX does not.
     """
     rows = [(row.label, ["" if shown is None else _number(shown) for shown in row.shown]) for row in table.rows]
-    heads = [_stack(column) for column in table.columns]
-    return _tabular(
-        "r" * len(heads), [for_latex(corner), *heads], [[for_latex(label), *cells] for label, cells in rows]
+    heads = [stack(column) for column in table.columns]
+    return tabular(
+        "l" + "r" * len(heads), [for_latex(corner), *heads], [[for_latex(label), *cells] for label, cells in rows]
     )
 
 
@@ -165,21 +165,33 @@ def latex_words(table: Table, corner: str = "") -> str:
     """Write the columns of words, of the rows that have any, as a further tabular; "" if there are none."""
     if not table.words:
         return ""
-    wide = rf">{{\raggedright\arraybackslash}}p{{{0.82 / len(table.words):.2f}\textwidth}}" * len(table.words)
+    wide = wrapped(0.82 / len(table.words)) * len(table.words)
     rows = [[for_latex(row.label), *map(for_latex, row.words)] for row in table.rows if any(row.words)]
-    return _tabular(wide, [*map(for_latex, (corner, *table.words))], rows)
+    return tabular(f"l{wide}", [*map(for_latex, (corner, *table.words))], rows)
 
 
-def _tabular(columns: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def wrapped(share: float) -> str:
+    """Return the LaTeX code of a column of wrapped text, with a share of the text's width; needs the package array."""
+    return rf">{{\raggedright\arraybackslash}}p{{{share:.2f}\textwidth}}"
+
+
+def tabular(columns: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a LaTeX tabular with the rules of the package booktabs.
+
+    Args:
+        columns: LaTeX's codes of the columns.
+        head, rows: cells, escaped.
+    """
     top, *body = [" & ".join(line) + r" \\" for line in (head, *rows)]
-    begin, end = f"\\begin{{tabular}}{{l{columns}}}", r"\end{tabular}"
+    begin, end = f"\\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
     return "\n".join([begin, r"\toprule", top, r"\midrule", *body, r"\bottomrule", end, ""])
 
 
-def _stack(heading: str) -> str:
+def stack(heading: str, align: str = "r") -> str:
+    """Return a heading of a LaTeX table, escaped, on as many lines as it needs; ``align`` is r or l."""
     lines = [for_latex(line) for line in textwrap.wrap(heading, LONGEST_HEADING, break_long_words=False)]
     stacked = r"\\".join(lines)
-    return lines[0] if len(lines) == 1 else rf"\shortstack[r]{{{stacked}}}"
+    return lines[0] if len(lines) == 1 else "" if not lines else rf"\shortstack[{align}]{{{stacked}}}"
 
 
 def to_csv(table: Table) -> str:
