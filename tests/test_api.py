@@ -35,6 +35,7 @@ def test_settings_are_composed_and_checked_as_by_the_command() -> None:
     ("given", "message"),
     [
         ("seeed=1", "seeed: unknown setting. Did you mean seed"),
+        ("metod=spin", "metod: unknown setting. Did you mean method"),
         ("seed=-1", "seed=-1"),
         ("method=spinn", "Did you mean spin"),
         ("npo.alfa=1", "npo.alfa: unknown setting. Did you mean npo.alpha"),

@@ -1,5 +1,6 @@
-"""Completion of verbs and settings, also by a real bash."""
+"""Completion of verbs and settings, also by real shells."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,23 @@ def test_every_script_asks_for_completions(capsys: pytest.CaptureFixture[str]) -
     assert "bash|zsh|fish" in capsys.readouterr().err
 
 
+def run(name: str, script: str, folder: Path) -> list[str]:
+    """The lines that a script prints in a shell, in which ``dnpo`` is this one."""
+    shell = shutil.which(name)
+    if shell is None:
+        pytest.skip(f"there is no {name}")
+    program = folder / "dnpo"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m dnpo "$@"\n')
+    program.chmod(0o755)
+    own = {"PATH": f"{folder}:{os.environ['PATH']}", "ZDOTDIR": str(folder), "XDG_CONFIG_HOME": str(folder)}
+    done = subprocess.run(
+        [shell, "-c", script], capture_output=True, text=True, timeout=120, cwd=folder, env={**os.environ, **own}
+    )
+    assert not done.returncode, done.stderr
+    assert not done.stderr
+    return done.stdout.splitlines()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("line", "words", "reply"),
@@ -77,20 +95,54 @@ def test_every_script_asks_for_completions(capsys: pytest.CaptureFixture[str]) -
     ],
 )
 def test_bash_completes(line: str, words: list[str], reply: list[str], tmp_path: Path) -> None:
-    bash = shutil.which("bash")
-    if bash is None:
-        pytest.skip("there is no bash")
-    program = tmp_path / "dnpo"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m dnpo "$@"\n')
-    program.chmod(0o755)
     array = " ".join(f"'{word}'" for word in words)
     script = (
-        f"PATH={tmp_path}:$PATH\n"
         'eval "$(dnpo completion bash)"\n'
         f"COMP_LINE='{line}' COMP_POINT={len(line)} COMP_WORDS=({array}) COMP_CWORD={len(words) - 1}\n"
         '_dnpo; printf "%s\\n" "${COMPREPLY[@]}"; complete -p dnpo\n'
     )
-    done = subprocess.run([bash, "-c", script], capture_output=True, text=True, check=True, timeout=120)
-    *found, rule = done.stdout.splitlines()
+    *found, rule = run("bash", script, tmp_path)
     assert [each for each in found if each] == reply
     assert "-F _dnpo dnpo" in rule
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("before", "word", "ends", "continues"),
+    [
+        ("", "tr", ["train"], []),
+        ("train", "method=dp", ["method=dpo"], []),
+        ("train", "trainer.ke", [], ["trainer.keep="]),
+        ("export RUN", "format=", ["format=gguf", "format=transformers"], []),
+    ],
+)
+def test_zsh_completes(before: str, word: str, ends: list[str], continues: list[str], tmp_path: Path) -> None:
+    script = (
+        'eval "$(dnpo completion zsh)"\n'
+        "compadd() {\n"
+        "  local kind=ends\n"
+        "  if [[ $1 == -S ]] { kind=continues; shift 2 }\n"
+        "  shift\n"
+        '  for each { print -r -- "$kind $each" }\n'
+        "}\n"
+        f"words=(dnpo {before} '{word}') CURRENT=$#words PREFIX='{word}'\n"
+        "_dnpo; print -r -- $_comps[dnpo]\n"
+    )
+    *found, completer = run("zsh", script, tmp_path)
+    assert found == [*(f"continues {each}" for each in continues), *(f"ends {each}" for each in ends)]
+    assert completer == "_dnpo"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("line", "reply"),
+    [
+        ("dnpo tr", ["train"]),
+        ("dnpo train method=dp", ["method=dpo"]),
+        ("dnpo export RUN format=", ["format=gguf", "format=transformers"]),
+        ("dnpo sample RUN prompts=so", ["prompts=some.txt"]),  # a file
+    ],
+)
+def test_fish_completes(line: str, reply: list[str], tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("A prompt\n")
+    assert run("fish", f"dnpo completion fish | source; complete -C '{line}'", tmp_path) == reply

@@ -1,6 +1,7 @@
 """What a run shows at its end, and its progress while it computes."""
 
 import io
+import json
 import os
 import re
 import time
@@ -15,13 +16,17 @@ from scipy import stats
 
 from dnpo.catalogue import metric
 from dnpo.records import Item
+from dnpo.report.comparison import MeasureComparison, ReportMeasure
 from dnpo.running import console as module
 from dnpo.running.console import BEST, COMPACT, NARROW, Console, compact_table
 from dnpo.running.ending import sentences, show_briefly
 from dnpo.running.gate import Finding, show
-from dnpo.running.sweep import describe_place
+from dnpo.running.sweep import _gather, _show_comparison, _show_spread, describe_place
+from dnpo.stats.intervals import Estimate
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.prompts import by_prompt, change, mean
+from dnpo.stats.table import Cell
+from dnpo.stats.table import table as stats_table
 from dnpo.tables import write
 
 
@@ -280,3 +285,37 @@ def test_the_lines_of_checks_fold_at_the_width_of_the_terminal(
     assert len(lines) > 3
     assert max(map(len, lines)) <= 80
     assert {line[:26] for line in lines[1:]} == {" " * 26}
+
+
+def test_a_sweep_ends_with_the_intervals_of_the_report_and_the_next_commands(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    means = stats_table({name: {"SFT": Cell(Estimate(19.71, 15.0, 24.4))} for name in ("spin", "dnpo")})
+    differences = stats_table({"dnpo": {"k = 1": Cell(Estimate(-0.81, -4.6, 3.0), 0.6, signed=True)}})
+    measure = ReportMeasure(metric("eval/score"))
+    _show_comparison([MeasureComparison(measure, means, differences, "spin", ("One seed only.",))], tmp_path / "sweep")
+    out = capsys.readouterr().out
+    assert re.search(r"^spin +19\.7 ± 4\.7$", out, re.MULTILINE)
+    assert re.search(r"^Differences from spin, paired\nsettings +k = 1\ndnpo +−0\.8 ± 3\.8$", out, re.MULTILINE)
+    assert "half of the 95 % interval" in out
+    assert "One seed only." in out
+    assert re.search(r"^next +dnpo report \S+sweep\n +dnpo browse \S+sweep$", out, re.MULTILINE)
+
+
+def test_without_tracking_a_sweep_ends_with_means_and_standard_deviations(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def run(first: float, last: float) -> dict[str, Any]:
+        return {"table": [{"iteration": "SFT", "eval/accuracy": first}, {"iteration": 0, "eval/accuracy": last}]}
+
+    jobs = [(["method=spin", "scale=smoke", f"seed={n}"], run(0.1 * n, 0.2)) for n in (1, 3)]
+    jobs.append((["method=dnpo", "scale=smoke", "seed=1"], run(0.5, 0.25)))
+    numbers = _gather(tmp_path, jobs)
+    assert json.loads((tmp_path / "sweep.json").read_text()) == numbers
+    assert {each["metric"] for each in numbers} == {"eval/accuracy"}
+    _show_spread(numbers, tmp_path)
+    out = capsys.readouterr().out
+    assert "all jobs: scale=smoke" in out
+    assert re.search(r"^method=spin +2 +20\.0 ± 14\.1 +20\.0 ± 0\.0$", out, re.MULTILINE)
+    assert re.search(r"^method=dnpo +1 +50\.0 +25\.0$", out, re.MULTILINE)
+    assert _gather(tmp_path, []) == []

@@ -175,8 +175,12 @@ def explain(error: Exception, config: str, arguments: Sequence[str]) -> str:
         key = unknown.group(1)
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            known = flat(cast(dict[str, Any], OmegaConf.to_container(compose(config, _options(arguments)))))
-        groups = {name.split(".")[0] for name in known}
+            tree = compose(config, _options(arguments), return_hydra_config=True)
+        choices = {each for each in tree.hydra.runtime.choices if not each.startswith("hydra/")}
+        OmegaConf.set_struct(tree, False)
+        del tree.hydra
+        known = flat(cast(dict[str, Any], OmegaConf.to_container(tree)))
+        groups = {name.split(".")[0] for name in known} | choices
         options = _options_with(key)
         if options:
             part = key.partition(".")[0]

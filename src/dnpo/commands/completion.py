@@ -26,11 +26,31 @@ BASH = r"""_dnpo() {
 }
 complete -o nospace -o default -o bashdefault -F _dnpo dnpo
 """
-SCRIPTS = {
-    "bash": BASH,
-    "zsh": "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n" + BASH,
-    "fish": "complete -c dnpo -a '(dnpo completion query (commandline -cp | string collect))'\n",
+ZSH = r"""(( $+functions[compdef] )) || { autoload -U compinit && compinit }
+_dnpo() {
+    local -a found=("${(@f)$(dnpo completion query "${(j: :)words[1,CURRENT-1]} $PREFIX" 2>/dev/null)}")
+    if [[ -n $found ]]; then
+        compadd -S '' -- ${(M)found:#*[=.@]}
+        compadd -- ${found:#*[=.@]}
+    else
+        compset -P '*='
+        _files
+    fi
 }
+compdef _dnpo dnpo
+"""
+FISH = r"""function _dnpo
+    set -l found (dnpo completion query (commandline -cp | string collect) 2>/dev/null)
+    if set -q found[1]
+        printf '%s\n' $found
+    else
+        set -l name (string match -r '^[^=]*=' -- (commandline -ct))
+        printf '%s\n' "$name"(__fish_complete_path (string replace -- "$name" '' (commandline -ct)))
+    end
+end
+complete -c dnpo -f -a '(_dnpo)'
+"""
+SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 COMPOSED = {  # verbs whose settings Hydra composes, which also lists them
     "train": "dnpo.commands.train",
     "sweep": "dnpo.commands.train",

@@ -471,11 +471,13 @@ def show(
     console.say(f"results     {folder}")
     console.say(f"models      {folder / 'models'}")
     console.say(f"stages      {store.root}")
-    for line in tracking.whereabouts():
+    where = tracking.whereabouts()
+    for line in where:
         console.say(line)
     shown = shlex.quote(os.path.relpath(folder))
-    console.say(f"next        dnpo report {shown}")
-    console.say(f"            dnpo browse {shown}")
+    if where:  # a report reads what was tracked
+        console.say(f"next        dnpo report {shown}")
+    console.say(f"{'' if where else 'next':<12}dnpo browse {shown}")
 
 
 def _slug(stage: Stage) -> str:

@@ -4,9 +4,11 @@ import csv
 import io
 import json
 import math
+import os
+import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from dnpo.catalogue import metric
+from dnpo.catalogue import Metric, metric
 from dnpo.errors import DnpoError
 from dnpo.escape import for_terminal, say
 from dnpo.wording import duration
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from dnpo.tracking.writing import MLflowTracking, Status
 
 ERROR, PLAN, PICTURE, RESPONSE, TRAIN = "error.txt", "plan.json", "comparison.png", "response.png", "train"
+COMPARISON, NUMBERS = "comparison.md", "sweep.json"
 SILENT = "it ended with neither a result nor an error; its process was probably killed"
 # not in the callback, since Hydra sends it to other processes
 _HELD: list[FileLock] = []
@@ -142,12 +145,13 @@ class SweepReport(Callback):
             for job in jobs
             if (job / "summary.json").is_file()
         ]
-        if rows:
-            self._table(sweep, rows)
+        numbers = _gather(sweep, rows)
         for job, message in failed.items():
             shown = for_terminal(f"({' '.join(_overrides(sweep / job))}): {message}")
             say(f"job {job} failed {shown}", error=True)
         untracked = _track(config, sweep, jobs, failed)
+        if numbers and not (sweep / COMPARISON).is_file():
+            _show_spread(numbers, sweep)
         if untracked:
             say(f"error: the comparison of the sweep could not be tracked: {untracked}", error=True)
         while _HELD:
@@ -157,52 +161,86 @@ class SweepReport(Callback):
         if failed or untracked:
             raise SystemExit(1)
 
-    def _table(self, sweep: Path, jobs: Sequence[tuple[list[str], dict[str, Any]]]) -> None:
-        from rich.console import Console
 
-        from dnpo.screen import ScreenTable
+def _gather(sweep: Path, jobs: Sequence[tuple[list[str], dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Gather the numbers of all runs by settings, iteration and metric, and write them to ``sweep.json``."""
+    groups: dict[str, list[list[dict[str, Any]]]] = {}
+    for overrides, summary in jobs:
+        name = " ".join(o for o in overrides if not o.startswith("seed=")) or "defaults"
+        groups.setdefault(name, []).append(summary["table"])
+    longest = max((table for tables in groups.values() for table in tables), key=len, default=[])
+    found = []
+    for shown in map(metric, ("eval/score", "eval/accuracy", "eval/loss")):
+        for name, tables in groups.items():
+            for iteration in (row["iteration"] for row in longest):
+                rows = [row for table in tables for row in table if row["iteration"] == iteration]
+                values = [shown.scale * row[shown.name] for row in rows if shown.name in row]
+                found.append({"settings": name, "iteration": iteration, "metric": shown.name, "values": values})
+    measured = {each["metric"] for each in found if each["values"]}
+    found = [each for each in found if each["metric"] in measured]
+    if found:
+        (sweep / NUMBERS).write_text(json.dumps(found, indent=1))
+    return found
 
-        groups: dict[str, list[list[dict[str, Any]]]] = {}
-        for overrides, summary in jobs:
-            name = " ".join(o for o in overrides if not o.startswith("seed=")) or "defaults"
-            groups.setdefault(name, []).append(summary["table"])
-        alike = set.intersection(*(set(name.split(" ")) for name in groups)) if len(groups) > 1 else set()
-        iterations = [row["iteration"] for row in max((t for tables in groups.values() for t in tables), key=len)]
-        found: list[dict[str, Any]] = []
-        console = Console(width=180, highlight=False, emoji=False)
-        if alike:
-            shared = " ".join(o for o in next(iter(groups)).split(" ") if o in alike)
-            console.print(for_terminal(f"\nall jobs: {shared}"), markup=False)
-        for shown in map(metric, ("eval/score", "eval/accuracy", "eval/loss")):
-            if not any(shown.name in row for tables in groups.values() for table in tables for row in table):
-                continue
-            view = ScreenTable(
-                title=f"{shown.axis}: mean ± standard deviation over seeds", title_justify="left", box=None
-            )
-            view.add_column("settings", max_width=100, overflow="fold")
-            view.add_column("runs", justify="right")
-            for iteration in iterations:
-                view.add_column(str(iteration), justify="right", no_wrap=True)
-            for name, tables in groups.items():
-                cells = []
-                for iteration in iterations:
-                    values = [
-                        row[shown.name]
-                        for table in tables
-                        for row in table
-                        if row["iteration"] == iteration and shown.name in row
-                    ]
-                    mean, spread = _mean_and_spread(values)
-                    around = "" if spread is None else f" ± {shown.format(spread)}"
-                    cells.append("–" if mean is None else shown.format(mean) + around)
-                    scaled = [shown.scale * value for value in values]
-                    found.append({"settings": name, "iteration": iteration, "metric": shown.name, "values": scaled})
-                different = " ".join(o for o in name.split(" ") if o not in alike)
-                view.add_row(different, str(len(tables)), *cells)
-            console.print()
-            console.print(view)
-        (sweep / "sweep.json").write_text(json.dumps(found, indent=1))
-        console.print(for_terminal(f"\nnumbers of every run: {sweep / 'sweep.json'}"), markup=False)
+
+def _show_spread(numbers: Sequence[Mapping[str, Any]], sweep: Path) -> None:
+    """Show means and standard deviations over seeds, if the comparison with intervals is not there."""
+    from dnpo.running.console import Console
+    from dnpo.screen import ScreenTable
+
+    console = Console()
+    names = list(dict.fromkeys(each["settings"] for each in numbers))
+    alike = set.intersection(*(set(name.split(" ")) for name in names)) if len(names) > 1 else set()
+    if alike:
+        console.say(f"\nall jobs: {' '.join(o for o in names[0].split(' ') if o in alike)}")
+    for shown in map(metric, dict.fromkeys(each["metric"] for each in numbers)):
+        rows = [each for each in numbers if each["metric"] == shown.name]
+        iterations = list(dict.fromkeys(each["iteration"] for each in rows))
+        view = ScreenTable()
+        for heading in ("settings", "runs", *map(str, iterations)):
+            view.add_column(heading, justify="left" if heading == "settings" else "right", no_wrap=True)
+        for name in names:
+            values = [each["values"] for each in rows if each["settings"] == name]
+            different = " ".join(o for o in name.split(" ") if o not in alike)
+            view.add_row(different, str(max(map(len, values))), *(_format(shown, some) for some in values))
+        console.say(f"\n{shown.axis}: mean ± standard deviation over seeds")
+        console.table(view)
+    console.say(f"\nnumbers     {sweep / NUMBERS}")
+
+
+def _format(shown: Metric, values: Sequence[float]) -> str:
+    import statistics
+
+    if not values:
+        return "–"
+    spread = f" ± {shown.format(statistics.stdev(values) / shown.scale)}" if len(values) > 1 else ""
+    return shown.format(statistics.fmean(values) / shown.scale) + spread
+
+
+def _show_comparison(compared: "Sequence[MeasureComparison]", sweep: Path) -> None:
+    """Show the means and the paired differences with their intervals, and what to do next."""
+    from dnpo.running.console import Console
+    from dnpo.screen import ScreenTable
+
+    console = Console()
+    for one in compared:
+        parts = [(one.measure.metric.axis, one.means)]
+        parts += [] if one.differences is None else [(f"Differences from {one.baseline}, paired", one.differences)]
+        for title, table in parts:
+            view = ScreenTable()
+            for heading in ("settings", *table.columns):
+                view.add_column(heading, justify="left" if heading == "settings" else "right", no_wrap=True)
+            for row in table.rows:
+                view.add_row(row.label, *("" if shown is None else shown.text for shown in row.shown))
+            console.say(f"\n{title}")
+            console.table(view)
+        for text in (parts[-1][1].caption, *one.notes):
+            console.tell(text)
+    folder = shlex.quote(os.path.relpath(sweep))
+    console.say(f"\nnumbers     {sweep / NUMBERS}")
+    console.say(f"comparison  {sweep / COMPARISON}")
+    console.say(f"next        dnpo report {folder}")
+    console.say(f"            dnpo browse {folder}")
 
 
 def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mapping[str, str]) -> str:
@@ -254,7 +292,7 @@ def _compare(tracking: "MLflowTracking", sweep: Path, jobs: Sequence[str], faile
     if compared:
         pictures.append(PICTURE)
         _draw(groups, compared, items, sweep / PICTURE, f"sweep {name}")
-        (sweep / "comparison.md").write_text(notes.comparison(compared))
+        (sweep / COMPARISON).write_text(notes.comparison(compared))
         (sweep / "comparison.csv").write_text(_csv(compared))
         (sweep / "comparison.json").write_text(json.dumps(_table_for_mlflow(compared)))
         found = find_responses(groups, compared[0].measure, items)
@@ -262,18 +300,20 @@ def _compare(tracking: "MLflowTracking", sweep: Path, jobs: Sequence[str], faile
             pictures.append(RESPONSE)
             bars = "The last policy of each run. Bars: 95 % t intervals."
             responses(found, sweep / RESPONSE, f"sweep {name}", bars)
-        for file in (*pictures, "comparison.md", "comparison.csv"):
+        for file in (*pictures, COMPARISON, "comparison.csv"):
             tracking.artifact(sweep / file)
         for iteration, values in summarise(groups, compared).items():
             tracking.metrics(values, iteration)
         tracking.table(sweep / "comparison.json")
-    if (sweep / "sweep.json").is_file():
-        tracking.artifact(sweep / "sweep.json")
+    if (sweep / NUMBERS).is_file():
+        tracking.artifact(sweep / NUMBERS)
     overrides = {job: _overrides(sweep / job) for job in failed}
     addresses = [f"get-artifact?path={picture}&run_uuid={tracking.id}" for picture in pictures]
     tracking.note(notes.describe_sweep(name, len(jobs), groups, compared, failed, overrides, sys.argv[1:], addresses))
     state = "incomplete" if failed else "complete"
     tracking.tags({"dnpo.jobs": str(len(jobs)), "dnpo.failed": str(len(failed)), "dnpo.state": state})
+    if compared:
+        _show_comparison(compared, sweep)
 
 
 def summarise(groups: "Groups", compared: "Sequence[MeasureComparison]") -> dict[int, dict[str, float]]:
@@ -353,13 +393,3 @@ def _overrides(folder: Path) -> list[str]:
 
     path = folder / ".hydra" / "overrides.yaml"
     return [str(o) for o in OmegaConf.load(path)] if path.is_file() else []
-
-
-def _mean_and_spread(values: Iterable[float]) -> tuple[float | None, float | None]:
-    """Return mean and sample standard deviation; a number that needs more values is None."""
-    import statistics
-
-    found = list(values)
-    if not found:
-        return None, None
-    return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None
