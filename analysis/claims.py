@@ -30,7 +30,7 @@ from analysis.claims_book import FILE, Book, Sweep, read
 from analysis.claims_registered import Registration
 from analysis.claims_rules import CHECKED, OUTCOMES
 from analysis.keeping import log as keep
-from dnpo.commands.grammar import parse, program
+from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DnpoError, SettingsError, TrackingError
 from dnpo.escape import for_terminal
 from dnpo.tracking.client import default_uri
@@ -57,9 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(
-        prog=program("analysis.claims", "claims"), description="The papers' claims, measured here."
-    )
+    options = Parser(prog=program("analysis.claims", "claims"), description="The papers' claims, measured here.")
     options.add_argument(
         "--uri",
         default=default_uri(),

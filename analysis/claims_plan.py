@@ -22,7 +22,7 @@ from analysis.claims_assess import Result, Tracked, assess
 from analysis.claims_book import FILE, Book, Claim, read
 from analysis.claims_rules import POWER, strictest
 from analysis.claims_tables import number, ranges, remarks_by_text
-from dnpo.commands.grammar import parse, program
+from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import for_csv, for_markdown, for_terminal
 from dnpo.stats.intervals import Components, Mean
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(
+    options = Parser(
         prog=program("analysis.claims_plan", "claims plan"), description="What the seeds of the claims can find."
     )
     options.add_argument("--uri", default=default_uri(), help="MLflow tracking store with the pilot")

@@ -17,10 +17,10 @@ from matplotlib import rc_context
 from analysis.drawing import STYLE
 from analysis.keeping import log, write
 from analysis.selection import Runs, select
-from dnpo.commands.grammar import parse, program
+from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import for_terminal
-from dnpo.settings import nearest
+from dnpo.settings import offer
 from dnpo.tracking.client import default_uri
 from dnpo.tracking.reading import Database
 from dnpo.wording import plural
@@ -76,9 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(
-        prog=program("analysis", "figures"), description="Figures and tables from tracked runs."
-    )
+    options = Parser(prog=program("analysis", "figures"), description="Figures and tables from tracked runs.")
     options.add_argument("names", nargs="*", metavar="NAME", help="fig05, table01, …, or all")
     options.add_argument("--list", action="store_true", help="list the scripts, each with its sweep")
     options.add_argument(
@@ -151,9 +149,7 @@ def resolve(given: Sequence[str], also: Sequence[Path] = ()) -> list[str]:
         ]
         if not matches:
             short = [each.split("_")[0] for each in known]
-            raise SettingsError(
-                f"{name}: there is no such figure or table.{nearest(name, short)} Known: {', '.join(short)}"
-            )
+            raise SettingsError(f"{name}: there is no such figure or table.{offer(name, short)}")
         names += matches
     return list(dict.fromkeys(names))
 

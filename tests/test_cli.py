@@ -3,6 +3,7 @@
 import argparse
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 
 from dnpo import __version__, cli
 from dnpo.commands.explain import describe
-from dnpo.commands.grammar import parse, refuse_dashes
+from dnpo.commands.grammar import Parser, parse, refuse_dashes
 from dnpo.commands.verbs import VERBS
 from dnpo.errors import SettingsError
 from dnpo.settings import _parameters, is_part, locate
@@ -263,7 +264,7 @@ def test_hydras_options_with_dashes_are_accepted(given: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser()
+    found = Parser(prog="dnpo verb")
     found.add_argument("names", nargs="*")
     found.add_argument("--out", type=Path)
     found.add_argument("--no-log", action="store_true")
@@ -292,6 +293,25 @@ def parser() -> argparse.ArgumentParser:
 )
 def test_both_spellings_mean_the_same(with_equals: list[str], with_dashes: list[str]) -> None:
     assert parse(parser(), with_equals) == parse(parser(), with_dashes)
+
+
+def test_help_and_errors_write_settings_without_dashes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(parser(), ["--help"])
+    usage, *lines = capsys.readouterr().out.splitlines()
+    assert usage == "usage: dnpo verb [names ...] [setting=value] …"
+    found = [line.split()[0] for line in lines if re.match(r"  \S", line)]
+    settings = ["out=OUT", "log=false", "apply=true", "sweep=SWEEP,…", "tag=NAME=VALUE,…", "runs=RUNS,…"]
+    assert found == ["names", "-h,", *settings]
+    with pytest.raises(SystemExit):
+        parse(parser(), ["runs=", "--out"])
+    assert "argument out: expected one argument" in capsys.readouterr().err
+    needs = parser()
+    needs.add_argument("--no-later", required=True, metavar="DAY", choices=("monday", "friday"))
+    with pytest.raises(SystemExit):
+        parse(needs, [])
+    text = capsys.readouterr().err.strip()
+    assert re.search(r"usage: dnpo verb .* later=DAY \[.*\n.*required: later$", text, re.DOTALL)
 
 
 def test_a_file_with_an_equals_sign_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

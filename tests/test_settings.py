@@ -24,6 +24,7 @@ from dnpo.settings import (
     check,
     check_values,
     nearest,
+    offer,
 )
 
 TINY_WORLD = "dnpo.data.tinyworld.TinyWorld"
@@ -77,6 +78,12 @@ def message(call: Callable[[], Any]) -> str:
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_options_are_listed_once_with_the_nearest_first() -> None:
+    assert offer("spinn", ["dnpo", "spin"], "Options") == " Did you mean spin? Options: dnpo, spin."
+    assert offer("nothing", ["dnpo", "spin"]) == " Known: dnpo, spin."
+    assert offer("nothing", []) == " Known: none."
 
 
 def test_unknown_key_offers_near_matches() -> None:

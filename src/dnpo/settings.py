@@ -441,6 +441,13 @@ def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
     return f" Known: {', '.join(sorted(names)) or 'none'}."
 
 
+def offer(word: str, known: Iterable[str], title: str = "Known") -> str:
+    """Write a sentence that offers the known words nearest to ``word``, if any are near, and one that lists all."""
+    known = list(known)
+    close = nearest(word, known)
+    return f"{close if 'Did you mean' in close else ''} {title}: {', '.join(known) or 'none'}."
+
+
 def _join_names(prefix: str, key: str) -> str:
     return f"{prefix}.{key}" if prefix else key
 

@@ -8,7 +8,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from dnpo.commands.grammar import parse
+from dnpo.commands.grammar import Parser, parse
 from dnpo.errors import DnpoError
 from dnpo.escape import say
 from dnpo.tracking.client import default_uri
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dnpo browse",
         description="Show the rows of finished runs in a browser, on a page that only this machine can open: held-out "
         "answers of all policies side by side, and training pairs. Nothing is written.",

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dnpo.commands.grammar import parse, program
+from dnpo.commands.grammar import Parser, parse, program
 from dnpo.commands.sample import add_sampling, chosen, open_policies
 from dnpo.errors import DnpoError
 from dnpo.escape import for_terminal, say
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: None takes the process's.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("dnpo.commands.chat", "chat"),
         description="Talk to a policy of a finished run, or to two of them side by side with the judge's opinion.",
     )

@@ -28,7 +28,7 @@ from dnpo.commands.quoting import explain_unreadable
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import say
 from dnpo.former import up_to_date
-from dnpo.settings import check_values, conf_folder, flat, nearest
+from dnpo.settings import check_values, conf_folder, flat, nearest, offer
 
 if TYPE_CHECKING:
     from dnpo.store import Compute, Store
@@ -200,7 +200,7 @@ def explain(error: Exception, config: str, arguments: Sequence[str]) -> str:
         group, name = option.groups()
         searched = map(Path, re.findall(r"path=file://(.+)", text))  # including the user's folder
         options = sorted({p.stem for folder in (conf_folder(), *searched) for p in (folder / group).glob("*.yaml")})
-        return f"{group}={name}: there is no such option.{nearest(name, options)} Options: {', '.join(options)}."
+        return f"{group}={name}: there is no such option.{offer(name, options, 'Options')}"
     if "Missing mandatory value" in text:
         key = text.split("Missing mandatory value:")[-1].strip().split()[0]
         return f"{key}: needs a value; give {key}=…"

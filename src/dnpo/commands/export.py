@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dnpo.commands.grammar import parse, program
+from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DnpoError
 from dnpo.escape import say
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``python -m dnpo.export``. Errors that the user can correct become one line and exit status 1."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("dnpo.export", "export"),
         description="Write a policy of a finished run as a folder that needs nothing else: whole weights (LoRA "
         "adapters merged in), tokenizer, model card.",
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--public", action="store_true", help="let everyone see what is pushed; private if not given")
     given = parse(parser, arguments)
     if given.to is None and given.push is None:
-        parser.error("the following arguments are required: --to, or --push")
+        parser.error("to=FOLDER or push=REPO is needed")
     if given.public and given.push is None:
         parser.error("public=true needs push=REPO")
     from dnpo.running.console import silence_libraries

@@ -10,12 +10,13 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from dnpo.errors import SettingsError
 from dnpo.escape import say
-from dnpo.settings import nearest
+from dnpo.settings import offer
 
 HYDRA = {  # Hydra's options, which have dashes
     "--hydra-help",
@@ -44,6 +45,63 @@ HELP = {"--help", "-h"}
 COMPLETES = "DNPO_COMPLETES"  # variable that is set when only the settings are asked for, see completion.py
 VERSION = {"--version", "-V"}
 ASSIGNMENT = re.compile(r"([A-Za-z]\w*)=(.*)", re.DOTALL)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help and errors write settings as ``setting=value``."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Help, **options)
+        self._positionals.title, self._optionals.title = "arguments", "settings"
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with status 2, and a message that names settings without dashes."""
+        for option in sorted(self._option_string_actions, key=len, reverse=True):
+            if option.startswith("--") and option not in HELP:
+                message = message.replace(option, _name(option))
+        super().error(message)
+
+
+class _Help(argparse.HelpFormatter):
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        plain = not action.option_strings or HELP & set(action.option_strings)
+        return super()._format_action_invocation(action) if plain else _written(action)
+
+    def _format_usage(
+        self,
+        usage: str | None,
+        actions: Iterable[argparse.Action],
+        groups: Iterable[argparse._MutuallyExclusiveGroup],
+        prefix: str | None,
+    ) -> str:
+        actions = list(actions)
+        settings = [each for each in actions if each.option_strings and not HELP & set(each.option_strings)]
+        words = [
+            "%(prog)s",
+            *(
+                self._format_args(each, self._get_default_metavar_for_positional(each)).replace("%", "%%")
+                for each in actions
+                if not each.option_strings
+            ),
+            *(_written(each) for each in settings if each.required),
+            *(["[setting=value] …"] if any(not each.required for each in settings) else ()),
+        ]
+        return super()._format_usage(" ".join(words), actions, groups, prefix)
+
+
+def _name(option: str) -> str:
+    """The setting that an option such as ``--no-log`` is written as."""
+    return option.removeprefix("--").removeprefix("no-").replace("-", "_")
+
+
+def _written(action: argparse.Action) -> str:
+    """How to write a setting, such as ``to=FOLDER`` or ``log=false``."""
+    option = next(each for each in action.option_strings if each.startswith("--"))
+    if not _takes_values(action):
+        return f"{_name(option)}={'false' if option.startswith('--no-') else 'true'}"
+    value = action.metavar or "|".join(map(str, action.choices or ())) or action.dest.upper()
+    several = action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction)
+    return f"{_name(option)}={value}{',…' * several}"
 
 
 def program(module: str, verb: str) -> str:
@@ -109,7 +167,7 @@ def _settings(parser: argparse.ArgumentParser, given: Sequence[str]) -> Iterator
             yield from action.choices
     for option, action in _options(parser, given).items():
         if option.startswith("--") and option not in HELP:
-            name = option.removeprefix("--").removeprefix("no-").replace("-", "_")
+            name = _name(option)
             words = action.choices or (() if _takes_values(action) else ("true", "false"))
             yield from (f"{name}={word}" for word in words) if words else (f"{name}=",)
 
@@ -127,14 +185,8 @@ def _option(options: Mapping[str, argparse.Action], name: str, value: str, writt
     long, negative = f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"
     action = options.get(long) or options.get(negative)
     if action is None:
-        known = sorted(
-            each.removeprefix("--").removeprefix("no-").replace("-", "_")
-            for each in options
-            if each.startswith("--") and each not in HELP
-        )
-        raise SettingsError(
-            f"{written}: there is no setting {name} here.{nearest(name, known)} Known: {', '.join(known)}"
-        )
+        known = sorted(_name(each) for each in options if each.startswith("--") and each not in HELP)
+        raise SettingsError(f"{written}: there is no setting {name} here.{offer(name, known)}")
     if not _takes_values(action):
         if value.lower() not in ("true", "false"):
             raise SettingsError(f"{written}: expected {name}=true or {name}=false")

@@ -1,13 +1,12 @@
 """``python -m dnpo.ledger [FILE]``: show the judges' calls, hits and spend by judge, run and month."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from dnpo.commands.grammar import parse, program
+from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import LedgerError
 from dnpo.escape import say
 from dnpo.judges.asked.ledger import Ledger, sum_by
@@ -16,9 +15,7 @@ from dnpo.screen import ScreenTable
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(
-        prog=program("dnpo.ledger", "judge ledger"), description="Calls, hits and spend of the judges."
-    )
+    parser = Parser(prog=program("dnpo.ledger", "judge ledger"), description="Calls, hits and spend of the judges.")
     parser.add_argument("file", nargs="?", help="the ledger (default: ledger.sqlite)")
     given = parse(parser, arguments).file
     path = Path(given or "ledger.sqlite")

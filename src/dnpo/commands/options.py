@@ -12,7 +12,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from dnpo.errors import SettingsError
-from dnpo.settings import nearest
+from dnpo.settings import offer
 
 
 def expand_options(cfg: DictConfig, job: Any, places: Sequence[str], starting: Sequence[str]) -> None:
@@ -99,9 +99,7 @@ def _load(place: str, name: str) -> Any:
 
     known = GlobalHydra.instance().config_loader().get_group_options(place)
     if name not in known:
-        raise SettingsError(
-            f"{place}={name}: there is no such option.{nearest(name, known)} Options: {', '.join(known)}."
-        )
+        raise SettingsError(f"{place}={name}: there is no such option.{offer(name, known, 'Options')}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Hydra warns about options that include others
         tree = compose(f"{place}/{name}")

@@ -7,7 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from dnpo.commands.grammar import parse, program
+from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DataError, DnpoError
 from dnpo.escape import say
 from dnpo.report.content import content
@@ -22,7 +22,7 @@ ARTIFACT = "report.html"
 
 def main(arguments: list[str] | None = None) -> None:
     """Write the page, and track it with the run unless ``log=false`` is given."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("dnpo.report", "report"), description="One self-contained HTML page on a run or a sweep."
     )
     parser.add_argument(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dnpo import disk
-from dnpo.commands.grammar import parse, program
+from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DataError, DnpoError, SettingsError
 from dnpo.escape import say
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: None takes the process's.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("dnpo.commands.sample", "sample"),
         description="Sample responses of a policy of a finished run, as JSON lines.",
     )

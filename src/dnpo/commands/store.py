@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dnpo import disk
-from dnpo.commands.grammar import parse, program
+from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DnpoError, StoreError, TrackingError
 from dnpo.escape import say
 from dnpo.store import Remote, find_damage, inventory
@@ -44,7 +44,7 @@ def _fail(message: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("dnpo.store", "store"),
         description="List the finished stages of runs, check their files, or remove them.",
     )

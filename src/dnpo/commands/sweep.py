@@ -14,7 +14,7 @@ from pathlib import Path
 from dnpo.commands import train
 from dnpo.commands.grammar import HELP
 from dnpo.escape import say
-from dnpo.settings import conf_folder, nearest
+from dnpo.settings import conf_folder, offer
 
 USAGE = """usage: dnpo sweep NAME [SETTING=VALUE] …
        dnpo sweep SETTING=VALUE,VALUE … [SETTING=VALUE] …
@@ -38,8 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first = given[0]
     if "=" not in first and not first.startswith("-"):
         if first not in sweeps:
-            near = nearest(first, list(sweeps))
-            say(f"error: {first}: there is no such sweep.{near} Known: {', '.join(sweeps)}", error=True)
+            say(f"error: {first}: there is no such sweep.{offer(first, sweeps)}", error=True)
             sys.exit(1)
         given[0] = f"+sweep={first}"
     train.main(["-m", *given])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dnpo.errors import ModelError, SettingsError
 from dnpo.evaluate.leaderboard.rows import BenchmarkTask, offline
-from dnpo.settings import Count, Natural, nearest, neutral, place
+from dnpo.settings import Count, Natural, neutral, offer, place
 from dnpo.store import Report, content_hash, write_json
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ class Leaderboard:
             raise SettingsError(f"include_path={self.include_path}: has an effect only with tasks=[…]")
         for name in (*self.names, *(self.shots or {})):
             if name not in BENCHMARKS and not (name in (self.tasks or ()) and name not in self.names):
-                known = f"Expected some of {', '.join(BENCHMARKS)}."
-                raise SettingsError(f"benchmarks: there is no {name}.{nearest(name, BENCHMARKS)} {known}")
+                raise SettingsError(f"benchmarks: there is no {name}.{offer(name, BENCHMARKS)}")
         for name in WITHOUT_SHOTS:
             if self.examples.get(name):
                 raise SettingsError(f"shots.{name}={self.examples[name]}: expected 0, this benchmark takes no examples")
