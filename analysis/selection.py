@@ -198,6 +198,26 @@ class Runs:
         lacking = [f"{m} seed {s}" for m in cells.methods for s in cells.seeds if not cells.at_end(m, [s])]
         return replace(cells, notes=(*cells.notes, f"missing: {', '.join(lacking)}")) if lacking else cells
 
+    def named(self, name: Callable[[TrackedRun], str], own: Callable[[str], bool]) -> Cells:
+        """All iterations of every run, by a name of one's own in place of the method's.
+
+        Args:
+            name: what is compared, of a run.
+            own: whether a setting may differ between names.
+
+        Raises:
+            DataError: the runs are measured by different judges, or differ in other settings.
+        """
+        refuse_judges(self.finished)
+        return self._cells(
+            self.finished,
+            lambda run: [row["iteration"] for row in run.table],
+            differing_starts=False,
+            matters=(),
+            name=name,
+            own=own,
+        )
+
     def _cells(
         self,
         runs: Sequence[TrackedRun],

@@ -258,10 +258,10 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def recorder(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> "Recorder":
-    """A store with the sweeps ``main`` (three seeds), and ``ablation``, ``fixed_vs_trainable``, ``methods`` (two)."""
+    """A store with the sweeps of all figures: ``main`` with three seeds, the others with two."""
     from analysis.selection import CONSTANT, DNPO, DSL, FIXED, NPO, SPIN
 
-    from tests.recording import RIVALS, Recorder
+    from tests.recording import RIVALS, Recorder, record_judges
 
     folder = tmp_path_factory.mktemp("tracked")
     shutil.copy(migrated, folder / "mlflow.db")
@@ -278,4 +278,5 @@ def recorder(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> "Recor
         for name, (method, iterations) in RIVALS.items():
             settings = {"rollout.samples": str(iterations)}
             found.run(method, seed, sweep="methods", iterations=iterations, params=settings, tags={"dnpo.method": name})
+    record_judges(found, 2)
     return found

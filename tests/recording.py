@@ -1,6 +1,7 @@
 """Runs written into a real MLflow database in the form of real runs, with results drawn from a seed."""
 
 import csv
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,8 +70,9 @@ class Recorder:
         leaderboard: bool = False,
         unscored: int = 0,
         tags: Mapping[str, str] | None = None,
+        more: Mapping[str, float] | None = None,
     ) -> str:
-        """Record a run; its id."""
+        """Record a run; its id. ``more`` has further metrics of every iteration."""
         dsl, npo = PARTS[method]
         self.count += 1
         settings = {
@@ -102,7 +104,7 @@ class Recorder:
         known = [Param(name, str(value)) for name, value in {**settings, **(params or {})}.items()]
         self.client.log_batch(run, params=known)
         if status == "FINISHED":
-            self._leave(run, method, seed, iterations, start, texts, leaderboard, unscored)
+            self._leave(run, method, seed, iterations, start, texts, leaderboard, unscored, more or {})
         if status != "RUNNING":
             self.client.set_terminated(run, status)
         return run
@@ -120,7 +122,16 @@ class Recorder:
         return self.parents[experiment, sweep]
 
     def _leave(
-        self, run: str, method: str, seed: int, iterations: int, start: int, texts: bool, board: bool, unscored: int
+        self,
+        run: str,
+        method: str,
+        seed: int,
+        iterations: int,
+        start: int,
+        texts: bool,
+        board: bool,
+        unscored: int,
+        more: Mapping[str, float],
     ) -> None:
         folder = self.folder / "work" / str(self.count)
         table = []
@@ -128,6 +139,8 @@ class Recorder:
             in_force = k != SFT and int(k) >= start
             name = iteration_name(k)
             row, items = self._iteration(method if in_force else SPIN, k, seed, unscored)
+            if k != SFT:
+                row |= more
             if texts and k != SFT:
                 row |= {
                     "texts/bleu": 0.1 + 0.01 * GAIN[method] * in_force + 0.003 * seed,
@@ -232,6 +245,18 @@ class Recorder:
             for row in found:
                 row["loss/noise"] = -row["loss/policy"] + float(draw.normal(0, 0.01))
         return found
+
+
+def record_judges(recorder: Recorder, seeds: int) -> None:
+    """Record the sweep ``judge_accuracy``: SPIN, and DSL with judges that err, for two shares of flaws."""
+    for seed, flaws in itertools.product(range(seeds), (0.15, 0.5)):
+        by_origin = {"data.flaws": str(flaws), "eval.judge._target_": "rules"}
+        wrong = {"labels/decided": 0.4, "labels/noise": 0.4 * flaws}
+        recorder.run(SPIN, seed, sweep="judge_accuracy", params=by_origin, more=wrong)
+        for dial, value in (("error", 0.0), ("error", 0.25), ("error", 0.45), ("length", 0.5)):
+            params = {**by_origin, f"judge.{dial}": str(value)}
+            wrong = {"labels/decided": 0.4, "labels/noise": 0.4 * (value or 0.01)}
+            recorder.run(DSL, seed, sweep="judge_accuracy", params=params, more=wrong)
 
 
 def stages_of(table: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -83,7 +83,27 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     if report["unscored"]:
         reasons = "; ".join(f"{count:,} × {reason}" for reason, count in report["reasons"].items())
         lines.append(f"Left out, without a verdict: {report['unscored']:,} of {report['rows']:,} rows ({reasons}).")
-    return lines
+    place = _place_on_map(report["measures"])
+    return [*lines, place] if place else lines
+
+
+def _place_on_map(measures: Mapping[str, Any]) -> str:
+    """Where the judge lies in the figure of judges with known faults (fig15); "" without an interval."""
+    accuracy, bias = measures["accuracy"], measures.get("length_bias", {})
+    if accuracy["low"] is None:
+        return ""
+    of = metric("agreement/accuracy")
+    value, low, high = (of.format(accuracy[end]) for end in ("value", "low", "high"))
+    chance = ", which includes chance," if accuracy["low"] <= 0.5 <= accuracy["high"] else ""
+    kind = "random errors: no bias by length is certain"
+    if bias.get("low") is not None and (bias["low"] > 0 or bias["high"] < 0):
+        apart = metric("agreement/length_bias").format_with_unit(bias["value"], signed=True)
+        taste = "longer" if bias["low"] > 0 else "shorter"
+        kind = f"a taste for length: it prefers {taste} responses more often than people do ({apart})"
+    return (
+        f"How good must a judge be? In `dnpo figures fig15` (docs/judges.md) this one is at {value} % right labels "
+        f"({low} to {high}){chance} among judges with {kind}."
+    )
 
 
 HEADINGS = ("measure", "value", "95 % interval", "rows", "read it against")

@@ -1,0 +1,117 @@
+"""The map of judges: its sweeps, its numbers, what it refuses, and the place of a measured judge on it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from analysis import command, fig15_judge_accuracy
+from analysis.fig15_judge_accuracy import ERRORS, LENGTH, Labelling, _read_gain
+from analysis.results import average, benchmarks, results
+from analysis.selection import DNPO, DSL, SPIN, Absent
+
+from dnpo.judges.agreement.table import notes
+from dnpo.stats.intervals import Estimate
+from dnpo.stats.paired import compare_paired
+from tests.recording import Recorder, analysis, chosen, read
+from tests.test_sweeps import built, jobs, laid_out, trainings
+
+SWEEP = "judge_accuracy"
+
+
+def test_spin_is_trained_once_for_all_judges_and_rules_measure_everything() -> None:
+    """Of 7 jobs, iteration 0 is shared; a judge without errors differs from SPIN and from one with errors."""
+    found = jobs(SWEEP, "seed=0", "data.flaws=0.15")
+    assert len(found) == 7
+    counts = trainings(found)
+    assert counts["iteration 0 · optimise"] == 1
+    assert {counts[f"iteration {k} · optimise"] for k in (1, 2, 3)} == {7}
+    assert {type(built(*job)[0].judge).__name__ for job in found} == {"Rules"}
+    evaluated = {laid_out(job)[1].evaluation.key for job in found}
+    assert len(evaluated) == 1
+    taste = jobs("judge_length", "seed=0")
+    spin = next(job for job in taste if "+sweep/labels=origin" in job)
+    same = next(job for job in jobs(SWEEP, "seed=0", "data.flaws=0.3") if "+sweep/labels=origin" in job)
+    assert [i.evaluation.key for i in laid_out(spin)] == [i.evaluation.key for i in laid_out(same)]
+
+
+def test_gains_are_paired_means_over_iterations(recorder: Recorder, tmp_path: Path) -> None:
+    assert analysis(recorder, "fig15", "--out", str(tmp_path), "--no-log") == 0
+    rows = read(tmp_path / "fig15_judge_accuracy.csv")
+    assert [(row["flaws"], row["judge"], row["dial"]) for row in rows] == [
+        (flaws, judge, dial)
+        for flaws in ("0.15", "0.5")
+        for judge, dial in (("", "0.0"), (ERRORS, "0.0"), (ERRORS, "0.25"), (ERRORS, "0.45"), (LENGTH, "0.5"))
+    ]
+    cells = chosen(recorder, sweeps=[SWEEP]).named(lambda run: repr(Labelling.of(run)), fig15_judge_accuracy._is_own)
+    measure, own = average(benchmarks(cells)), [repr(each) for each in (Labelling(0.5, ERRORS, 0.25), Labelling(0.5))]
+    sides = [np.mean([results(cells, measure, name, k, [0, 1]) for k in (1, 2)], axis=0) for name in own]
+    expected = compare_paired(*sides, interval="t").difference
+    (row,) = (row for row in rows if (row["flaws"], row["judge"], row["dial"]) == ("0.5", ERRORS, "0.25"))
+    shown = [float(row[name]) for name in ("mean", "low", "high")]
+    assert shown == pytest.approx([100 * (each or 0.0) for each in (expected.value, expected.low, expected.high)])
+    right = {(row["judge"], row["dial"]): float(row["right_labels_mean"]) for row in rows if row["flaws"] == "0.5"}
+    assert right["", "0.0"] == pytest.approx(50.0)
+    assert right[ERRORS, "0.45"] == pytest.approx(55.0)
+    assert (tmp_path / "fig15_judge_accuracy.tex").is_file()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "reading"),
+    [
+        (0.1, 3.0, "better"),
+        (-3.0, -0.1, "worse"),
+        (-0.9, 0.9, "negligible"),
+        (-1.0, 0.5, "open"),
+        (-0.5, 1.2, "open"),
+        (0.1, 0.5, "better"),  # different from nothing, though small
+        (None, None, "open"),
+    ],
+)
+def test_intervals_are_read_as_one_of_four(low: float | None, high: float | None, reading: str) -> None:
+    assert _read_gain(Estimate(0.0, low, high)) == reading
+
+
+def test_runs_that_the_map_cannot_place_are_refused(recorder: Recorder) -> None:
+    def draw(sweep: str) -> None:
+        command.load(command.scripts()["fig15_judge_accuracy"]).make(chosen(recorder, "strange", sweeps=[sweep]))
+
+    params = {"data.flaws": "0.3", "eval.judge._target_": "rules"}
+    for sweep, method, more, message in (
+        ("both faults", DSL, {"judge.error": "0.1", "judge.length": "0.1"}, "judge.error and judge.length"),
+        ("noise", DNPO, {}, f"a run of {DNPO}"),
+        ("no spin", DSL, {"judge.error": "0.1"}, "no run of"),
+    ):
+        recorder.run(
+            method, 0, experiment="strange", sweep=sweep, params={**params, **more}, more={"labels/decided": 0.4}
+        )
+        with pytest.raises(Absent, match=message):
+            draw(sweep)
+    for method in (SPIN, DSL):
+        recorder.run(method, 0, experiment="strange", sweep="no answers", params={**params, "judge.error": "0.1"})
+    with pytest.raises(Absent, match="labels/decided is not tracked"):
+        draw("no answers")
+
+
+def measured(value: float, low: float | None, high: float | None) -> dict[str, Any]:
+    return {"value": value, "low": low, "high": high, "rows": 90, "reason": ""}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "bias", "parts"),
+    [
+        ((0.648, 0.577, 0.719), (0.02, -0.05, 0.09), ("64.8 % right labels (57.7 to 71.9) among", "random errors")),
+        ((0.55, 0.45, 0.65), (0.02, -0.05, 0.09), ("(45.0 to 65.0), which includes chance,", "random errors")),
+        ((0.65, 0.58, 0.72), (0.12, 0.03, 0.21), ("a taste for length", "longer", "+12.0 pp")),
+        ((0.65, 0.58, 0.72), (-0.12, -0.21, -0.03), ("a taste for length", "shorter", "−12.0 pp")),
+    ],
+)
+def test_a_measured_judge_has_a_place_on_the_map(
+    accuracy: tuple[float, float, float], bias: tuple[float, float, float], parts: tuple[str, ...]
+) -> None:
+    report = {"labels": {}, "verdicts": {}, "unscored": 0}
+    measures = {"accuracy": measured(*accuracy), "length_bias": measured(*bias)}
+    *_, place = notes({**report, "measures": measures})
+    assert all(part in place for part in (*parts, "fig15"))
+    alone = notes({**report, "measures": {**measures, "accuracy": measured(1.0, None, None)}})
+    assert len(alone) == 1  # one row has no interval, hence no place
