@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from textwrap import fill
 from typing import Any
 
@@ -11,16 +12,19 @@ from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
 from analysis.command import alone
 from analysis.costs import BEGINNING, COSTS, KL, LENGTH, beginning, end, kind_of, quality, reached
-from analysis.drawing import PAGE, canvas, finish, foot, spread
+from analysis.drawing import PAGE, SMALL, canvas, finish, foot, spread
 from analysis.keeping import DrawnFigure
 from analysis.results import Array, Kind, estimate, numbers, scaled, size
 from analysis.selection import Cells, Runs
 from dnpo.catalogue import Metric
-from dnpo.palette import OTHER, RIVALS, START
+from dnpo.palette import BREAK, INK, OTHER, RIVALS, START
 
 TITLE = "Results of the methods against their costs"
 SWEEP = "methods"
 ACROSS = (*(cost.metric for cost in COSTS), KL.metric, LENGTH.metric)
+COLUMNS = len(ACROSS) // 2
+FAINT = 0.45  # opacity of intervals
+WIDE = 44  # letters of a line above a panel
 LEVELS = (1, 3)  # of each power of ten, on a logarithmic scale that would have fewer than two powers of ten
 
 
@@ -33,15 +37,18 @@ def make(runs: Runs) -> DrawnFigure:
         measure.name: measure.metric.scale * estimate(reached(beginning(cells), measure, BEGINNING)).value
         for measure in quality(cells)
     }
-    figure, panels = canvas(PAGE, 8.1, len(ACROSS) // 2, 2 * len(up), sharey="col")
-    for place, axis in enumerate(panels):
-        line, column = divmod(place, 2 * len(up))
-        over, measure = ACROSS[line + len(ACROSS) // 2 * (column % 2)], up[column // 2]
+    figure, panels = canvas(PAGE, 8.6, 2 * len(up), COLUMNS, sharey="row")
+    for axis, (measure, over) in zip(panels, product(up, ACROSS), strict=True):
         axis.axhline(first[measure.name], color=START, linewidth=0.8, linestyle=":", label=BEGINNING)
         _draw(axis, rows, over.name, measure.name)
-        axis.set_xlabel(fill(over.axis, 22))
-        if column % 2 == 0:
-            axis.set_ylabel(fill(measure.axis, 26))
+        axis.set_xlabel(fill(over.axis, 34))
+        if over in (ACROSS[0], ACROSS[COLUMNS]):
+            axis.set_ylabel(fill(measure.axis, 24))
+    for start in range(0, len(panels), len(ACROSS)):
+        those = panels[start : start + len(ACROSS)]
+        limits = [axis.get_ylim() for axis in those]
+        for axis in those:
+            axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     kinds = "95 % intervals (accuracy: Wilson; score: t; costs: t of logarithms)"
     shows = (
         f"Bars: {kinds} over seeds, of score and accuracy over items too"
@@ -49,6 +56,8 @@ def make(runs: Runs) -> DrawnFigure:
         else f"Bars: {kinds} of score and accuracy over items; the others have none"
     )
     note = (
+        "above each panel, from left to right: the methods on the grey line, which no other method beats with less of "
+        "what is below the panel, without regard to intervals; "
         "totals are over the iterations of a run, without fine-tuning, which all share, and without measuring; seconds "
         "are those of the machine that computed a stage, which may have been busy; intervals end at a panel's edge"
     )
@@ -69,10 +78,12 @@ def _row(cells: Cells, method: str) -> dict[str, Any]:
 
 
 def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None:
-    """Draw a point for each method, with intervals if there are any."""
+    """Draw a point for each method, with intervals if there are any, and name those that no other one dominates."""
+    if x != LENGTH.name:
+        _name_best(axis, rows, f"{x}_mean", f"{y}_mean")
     for row in rows:
         look = RIVALS.get(row["method"], OTHER)
-        axis.errorbar(
+        _, _, bars = axis.errorbar(
             [row[f"{x}_mean"]],
             [row[f"{y}_mean"]],
             xerr=spread([row], f"{x}_"),
@@ -84,8 +95,21 @@ def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None
             elinewidth=0.5,
             label=row["method"],
         )
+        for bar in bars:
+            bar.set_alpha(FAINT)
     if x != LENGTH.name:
         _scale(axis, [row[f"{x}_mean"] for row in rows], [row[f"{x}_high"] or 0.0 for row in rows])
+
+
+def _name_best(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None:
+    """Draw a line through the methods that are better than all with as little of x, and name them above the panel."""
+    best: list[Mapping[str, Any]] = []
+    for row in sorted(rows, key=lambda row: (row[x], -row[y])):
+        if not best or row[y] > best[-1][y]:
+            best.append(row)
+    axis.plot([row[x] for row in best], [row[y] for row in best], color=BREAK, linewidth=1, drawstyle="steps-post")
+    names = fill(" › ".join(row["method"].replace(" ", "\N{NO-BREAK SPACE}") for row in best), WIDE)
+    axis.set_title(names, loc="left", fontsize=SMALL, color=INK)
 
 
 def _scale(axis: Axes, values: Sequence[float], highs: Sequence[float]) -> None:

@@ -221,13 +221,25 @@ def test_panels_of_the_same_quantity_share_their_axis(drawn: dict[str, DrawnFigu
             assert len({axis.get_xlim() for axis in panels}) == 1, name
             assert len({axis.get_ylim() for axis in panels}) == 1, name
     panels = drawn["fig14_methods"].figure.axes
-    for first in range(4):
-        assert len({axis.get_ylim() for axis in panels[first::4]}) == 1
+    for first in (0, 6):
+        assert len({axis.get_ylim() for axis in panels[first : first + 6]}) == 1
     by_label = {}
     for axis in panels:
         by_label.setdefault(axis.get_xlabel(), set()).add(axis.get_xlim())
     assert all(len(limits) == 1 for limits in by_label.values())
     assert len(by_label) == 6
+
+
+def test_methods_that_no_other_one_beats_for_less_are_named(drawn: dict[str, DrawnFigure]) -> None:
+    drawing = drawn["fig14_methods"]
+    panel = drawing.figure.axes[0]
+    named = re.split(r" ›\s", panel.get_title("left"))
+    by_method = {row["method"]: (row["generated/tokens_mean"], -row["eval/score_mean"]) for row in drawing.rows}
+    for method, mine in by_method.items():
+        beaten = any(all(np.less_equal(other, mine)) and other != mine for other in by_method.values())
+        assert (method in named) == (not beaten), method
+    assert len(named) > 1
+    assert not drawing.figure.axes[5].get_title("left"), "a length is not a cost"
 
 
 def test_ticks_are_complete(drawn: dict[str, DrawnFigure]) -> None:
