@@ -6,33 +6,38 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from dnpo.browse.runs import Run, find
-from dnpo.browse.server import HEADERS, listen, make_app, make_server
+from dnpo.browse.runs import find
+from dnpo.browse.server import HEADERS, listen, make_app
 from dnpo.errors import DataError, DnpoError, SettingsError
 from dnpo.escape import HIDDEN
-from dnpo.records import Item, Pair, Prompt, Response, Rollout, Verdict
-from dnpo.tables import GROUP, schema
+from dnpo.records import Rollout
 from dnpo.tracking.reading import Database
+from tests.browsing import (
+    ACTIONS,
+    MANY,
+    found,
+    make_large_run,
+    make_run,
+    served,
+    tab,
+    time_actions,
+    wait_for,
+    write,
+)
 from tests.commands import run_command
 
 LOCAL = "http://127.0.0.1:1"
-MANY = 20_000
-FAMILIES = ("sums", "words", "dates")
 EVIL = (
     "<script>alert(1)</script><img src=x onerror=alert(2)>{{7*7}}&lt;b&gt;\x00\x1b[31m\u202egnp\u202c\u200b"
     "</textarea><svg onload=alert(3)>"
@@ -40,95 +45,6 @@ EVIL = (
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
-
-
-def write(path: Path, kind: type, count: int, **columns: Any) -> None:
-    """Write rows; fields that are not given are empty, or 0."""
-    empty: Callable[[pa.DataType], Any] = lambda of: (  # noqa: E731
-        [] if pa.types.is_list(of) else "" if pa.types.is_string(of) else False if pa.types.is_boolean(of) else 0
-    )
-    arrays = [
-        pa.array(columns[field.name], field.type, from_pandas=True)
-        if field.name in columns
-        else pa.array([empty(field.type)] * count, field.type)
-        for field in schema(kind)
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (path.parent / "manifest.json").touch()
-    table = pa.table(arrays, schema=schema(kind))
-    pq.write_table(table, path, row_group_size=GROUP, write_page_checksum=True)
-
-
-def make_run(
-    folder: Path,
-    prompts: Sequence[str],
-    scores: Mapping[str, Any],
-    say: Callable[[str, int, int], str] = lambda policy, answer, row: f"answer {answer} of {policy} to {row}",
-    seed: int = 1,
-) -> Path:
-    """Make the folder of a finished run with its store: held-out answers of each policy, and pairs of iteration 0.
-
-    Args:
-        scores: of each policy, one row per answer: human, greedy, samples; one column per prompt.
-        say: the text of an answer.
-    """
-    count, store = len(prompts), folder / "store"
-    ids = [f"test-{i:05d}" for i in range(count)]
-    families = [FAMILIES[i % 3] for i in range(count)]
-    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    human = [f"human to {prompt}" for prompt in prompts]
-    for split in ("test", "train"):
-        path = store / "prompts" / "p" / f"{split}.parquet"
-        write(path, Prompt, count, id=ids, messages=messages, human=human, family=families)
-    stages: list[dict[str, Any]] = [{"stage": "prompts", "key": "p", "iteration": "SFT", "inputs": {}}]
-    for policy, given in scores.items():
-        values = np.asarray(given, float)
-        answers = len(values) - 1
-        texts = [say(policy, answer, row) for answer in range(answers) for row in range(count)]
-        key = f"{policy}-{seed}"
-        own = store / "evaluate" / key
-        finish = ["eos"] * len(texts)
-        write(own / "samples.parquet", Response, len(texts), text=texts, finish=finish)
-        flat = values.reshape(-1)
-        right = [bool(value >= 50) for value in flat]
-        logprob = [None] * count + [-float(len(text)) for text in texts]
-        write(own / "items.parquet", Item, len(flat), score=flat, right=right, logprob=logprob)
-        reason = ["no reply" if np.isnan(value) else "" for value in flat]
-        write(own / "verdicts.parquet", Verdict, len(flat), score=flat, reason=reason)
-        iteration = policy if policy == "SFT" else int(policy)
-        inputs = {"prompts": "p", "policy": f"trained-{policy}"} | (
-            {} if policy == "SFT" else {"pairs": f"pairs-{seed}"}
-        )
-        stages.append({"stage": "evaluate", "key": key, "iteration": iteration, "inputs": inputs})
-    stages.append({"stage": "pairs", "key": f"pairs-{seed}", "iteration": 0, "inputs": {"prompts": "p"}})
-    flipped = [i % 4 == 0 for i in range(count)]
-    sources = {"chosen_source": ["policy@0" if flip else "human" for flip in flipped]}
-    sources["rejected_source"] = ["human" if flip else "policy@0" for flip in flipped]
-    write(
-        store / "pairs" / f"pairs-{seed}" / "pairs.parquet",
-        Pair,
-        count,
-        id=ids,
-        messages=messages,
-        chosen=[f"chosen {i}" for i in range(count)],
-        rejected=[f"rejected {i}" for i in range(count)],
-        chosen_score=[float(i % 100) for i in range(count)],
-        rejected_score=[float(i % 3) for i in range(count)],
-        flipped=flipped,
-        strength=[1.0] * count,
-        weight=[1.0] * count,
-        **sources,
-    )
-    settings = {"store": "store", "seed": seed, "eval": {"split": "test"}}
-    run = folder / "outputs" / "2026-01-01" / f"00-00-0{seed}"
-    run.mkdir(parents=True)
-    summary = {"cwd": str(folder), "settings": settings, "choices": {"method": "spin"}, "stages": stages}
-    (run / "summary.json").write_text(json.dumps(summary))
-    return run
-
-
-def found(*folders: Path) -> list[Run]:
-    return find([str(folder) for folder in folders], None, "sqlite:///nowhere.db", "dnpo")
 
 
 def client(*folders: Path) -> TestClient:
@@ -159,12 +75,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three policies on 20,000 prompts."""
-    draw = np.random.default_rng(0)
-    scores = {policy: draw.integers(0, 101, (4, MANY)) for policy in ("SFT", "0", "1")}
-    prompts = [f"Which number comes after {i}, and why does it do so?" for i in range(MANY)]
-    text = "because it is what was asked for in this question, as anyone who can count knows "
-    say: Callable[[str, int, int], str] = lambda policy, answer, row: f"{row + 1} by {policy}, {text * 2}"  # noqa: E731
-    return make_run(tmp_path_factory.mktemp("many"), prompts, scores, say)
+    return make_large_run(tmp_path_factory.mktemp("many"))
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -427,20 +338,6 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
 # --- a browser --------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def served(app: Starlette) -> Iterator[str]:
-    """The address of the application while it is served."""
-    server, opened = make_server(app), listen(0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{opened.getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join(60)
-        opened.close()
-
-
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -451,28 +348,6 @@ def chromium() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
-
-
-@contextmanager
-def tab(chromium: Any, width: int = 1280) -> Iterator[tuple[Any, list[str]]]:
-    """A page of the browser, and events that must not happen there: dialogs, errors, requests elsewhere."""
-    events: list[str] = []
-    page = chromium.new_page(viewport={"width": width, "height": 800})
-    page.set_default_timeout(60_000)
-    page.on("dialog", lambda dialog: (events.append(dialog.message), dialog.dismiss()))
-    page.on("console", lambda message: events.append(message.text))
-    page.on("pageerror", lambda error: events.append(str(error)))
-    page.on("request", lambda asked: events.append(asked.url) if "//127.0.0.1:" not in asked.url else None)
-    yield page, events
-    page.close()
-
-
-def wait_for(page: Any, expression: str) -> None:
-    """Wait until an expression is true in the page, whose security policy blocks playwright's own method."""
-    end = time.monotonic() + 60
-    while not page.evaluate(expression):
-        assert time.monotonic() < end, expression
-        time.sleep(0.02)
 
 
 def shown(page: Any) -> list[int]:
@@ -559,34 +434,8 @@ def test_hostile_texts_stay_texts_in_a_browser(tmp_path: Path, chromium: Any, wi
 def test_20_000_rows_do_not_block_a_browser(many: Path, chromium: Any) -> None:
     """The CPU time of an action, in the page's thread, bounds every pause, however busy the machine is."""
     with served(make_app(found(many))) as address, tab(chromium) as (page, _):
-        cdp = page.context.new_cdp_session(page)
-        cdp.send("Performance.enable", {"timeDomain": "threadTicks"})
-
-        def busy() -> float:
-            metrics = {each["name"]: each["value"] for each in cdp.send("Performance.getMetrics")["metrics"]}
-            return float(metrics["TaskDuration"])
-
-        clock = time.process_time()
-        page.goto(address)
-        page.wait_for_selector("#rows > li:nth-child(50)")
-        first = busy() + time.process_time() - clock
+        first, pauses = time_actions(page, address)
         assert 0 < first <= 1.0
-        pauses = {}
-        for name, act in {
-            "search": lambda: page.fill("input[name=q]", "4321"),
-            "no search": lambda: page.fill("input[name=q]", ""),
-            "order": lambda: page.select_option("fieldset:not([hidden]) select[name=sort]", "changed"),
-            "family": lambda: page.select_option("select[name=family]", "dates"),
-            "next page": lambda: page.click("#next"),
-            "open": lambda: page.click("#rows > li:nth-child(2) .head"),
-            "pairs": lambda: page.click("nav [data-view=pairs]"),
-        }.items():
-            before, rows_before = busy(), page.evaluate("performance.getEntriesByName('rows').length")
-            act()
-            if name == "open":
-                page.wait_for_selector(".detail table")
-            else:
-                wait_for(page, f"performance.getEntriesByName('rows').length > {rows_before}")
-            pauses[name] = busy() - before
+        assert len(pauses) == len(ACTIONS)
         assert max(pauses.values()) < 0.2, pauses
         assert page.inner_text("#count") == f"{MANY:,} pairs"
