@@ -213,7 +213,8 @@ def _logging() -> Iterator[None]:
         for logger, level, handlers in before:
             for handler in set(logger.handlers) - set(handlers):
                 handler.close()
-            logger.setLevel(level)
+            if logger.level != level:  # setting it empties the cache of every logger
+                logger.setLevel(level)
             logger.handlers[:] = handlers
 
 
