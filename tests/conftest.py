@@ -37,7 +37,19 @@ def torch_optimizer(name: str, **settings: Any) -> Bound:
     return Bound(f"torch.optim.{name}", settings)
 
 
-EXPENSIVE = {"swept", "serial", "trained", "done", "known", "recorder", "server"}
+EXPENSIVE = {
+    "app",
+    "chromium",
+    "done",
+    "imported",
+    "known",
+    "recorder",
+    "serial",
+    "server",
+    "swept",
+    "trained",
+    "whole",
+}
 """Fixtures that each worker makes separately, in seconds."""
 
 

@@ -141,3 +141,10 @@ def _run(words: list[str]) -> int:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     return int(status or 0)
+
+
+def fork_joblib() -> None:
+    """Let joblib fork the processes of jobs, which warns because other programs may have started threads."""
+    from joblib.externals.loky.backend.context import set_start_method
+
+    set_start_method("fork")

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from dnpo.optimise.training import CHECKPOINT
 from dnpo.settings import conf_folder
-from tests.commands import SMOKE, TINY, Process
+from tests.commands import SMOKE, TINY, Process, run_afresh
 
 LOCAL = ("hydra/launcher=local", "hydra.sweeper.max_batch_size=2")
 
@@ -44,7 +44,8 @@ def tasks(sweep: Path) -> list[int]:
 def test_four_jobs_on_two_workers_compute_nothing_twice_and_survive_a_preemption(tmp_path: Path) -> None:
     """The signal arrives during a fine-tuning that the other job waits for; both restart automatically."""
     slow = ("sft.steps=200", "sft.checkpoint_every=20", "sft.optimizer.lr=1e-5")  # many steps, with little effect
-    process = Process(tmp_path, "-m", *SMOKE, *TINY, *slow, "seed=0,1", "npo.alpha=0.1,1", *LOCAL)
+    short = ("method=npo", "npo.start=0", "iterations=1")
+    process = Process(tmp_path, "-m", *SMOKE, *TINY, *slow, *short, "seed=0,1", "npo.alpha=0.1,1", *LOCAL)
     wait_until(lambda: list((tmp_path / "store").glob(f"sft/*.partial/{CHECKPOINT}")), process)
     (sweep,) = tmp_path.glob("multirun/*/*")
     finished = {path.name for path in (tmp_path / "store").glob("[a-z]*/*") if not path.name.endswith(".partial")}
@@ -68,7 +69,8 @@ def test_four_jobs_on_two_workers_compute_nothing_twice_and_survive_a_preemption
 
 @pytest.mark.long
 def test_a_job_that_is_killed_does_not_hide_the_others(tmp_path: Path) -> None:
-    process = Process(tmp_path, "-m", *SMOKE, *TINY, "sft.steps=1,20000", *LOCAL, afresh=True)
+    short = ("method=spin", "iterations=1", "sft.steps=1,20000")
+    process = Process(tmp_path, "-m", *SMOKE, *TINY, *short, *LOCAL, afresh=True)
     wait_until(lambda: list(tmp_path.glob("multirun/*/*/0/summary.json")), process)
     (sweep,) = tmp_path.glob("multirun/*/*")
     (other,) = wait_until(lambda: len(left := tasks(sweep)) == 1 and left, process)
@@ -80,6 +82,16 @@ def test_a_job_that_is_killed_does_not_hide_the_others(tmp_path: Path) -> None:
     reported = json.loads((sweep / "sweep.json").read_text())
     assert {"sft.steps=1" in row["settings"].split() for row in reported} == {True}
     assert re.search(r"^numbers +\S+/sweep\.json$", out, re.MULTILINE)
+
+
+@pytest.mark.long
+def test_joblib_starts_a_new_python_for_each_job(tmp_path: Path) -> None:
+    """It has imported nothing, unlike processes that other tests fork."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    done = run_afresh(tmp_path, "-m", *SMOKE, "method=spin", "plan=true", "seed=0,1", *launcher)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("iteration 1 · optimise") == 2
 
 
 def test_slurm_gets_the_settings_of_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

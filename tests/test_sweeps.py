@@ -25,7 +25,7 @@ from dnpo.running import execute as running
 from dnpo.settings import conf_folder
 from dnpo.stages.plan import Iteration, Run
 from dnpo.tracking.reading import Database
-from tests.commands import TINY, run_afresh, train
+from tests.commands import TINY, Process, train
 
 CONF = conf_folder()
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
@@ -322,8 +322,10 @@ def side_by_side(serial: Path, migrated: Path, tmp_path_factory: pytest.TempPath
     shutil.copy(migrated, cwd / "mlflow.db")
     launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     variables = {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
-    done = run_afresh(cwd, "-m", "scale=smoke", *ABLATION, *launcher, **variables)  # joblib starts none from a daemon
-    return cwd, done.returncode, done.stderr
+    process = Process(cwd, "-m", "scale=smoke", *ABLATION, *launcher, before="tests.forking.fork_joblib", **variables)
+    _, err = process.communicate(600)
+    assert process.returncode is not None
+    return cwd, process.returncode, err
 
 
 @pytest.mark.long
