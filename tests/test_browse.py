@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from starlette.testclient import TestClient
 
-from dnpo.browse.runs import find
+from dnpo.browse.runs import Run, _name_apart, find
 from dnpo.browse.server import HEADERS, listen, make_app
 from dnpo.errors import DataError, DnpoError, SettingsError
 from dnpo.escape import HIDDEN
@@ -439,3 +439,24 @@ def test_20_000_rows_do_not_block_a_browser(many: Path, chromium: Any) -> None:
         assert len(pauses) == len(ACTIONS)
         assert max(pauses.values()) < 0.2, pauses
         assert page.inner_text("#count") == f"{MANY:,} pairs"
+
+
+def test_runs_of_one_name_are_told_apart_by_what_differs() -> None:
+    def run(choices: dict[str, str] | None = None, **settings: Any) -> Run:
+        summary = {
+            "choices": {"method": "dnpo", "judge": "rules", **(choices or {})},
+            "settings": {"seed": 0, **settings},
+        }
+        return Run("dnpo, seed 0", summary, Path("store"))
+
+    def names(*some: Run) -> list[str]:
+        return [each.name.removeprefix("dnpo, seed 0") for each in _name_apart(some)]
+
+    rates = [run(trainer={"optimizer": {"lr": lr}}, store=f"store{lr}") for lr in (0.1, 0.3)]
+    assert names(rates[0]) == [""]
+    assert names(*rates) == [", trainer.optimizer.lr=0.1", ", trainer.optimizer.lr=0.3"]
+    assert names(rates[0], rates[0]) == [" (1)", " (2)"]
+    judges = [run({"judge": "longer"}, judge={"a": 1}), run(judge={"b": 2, "c": 3})]
+    assert names(*judges) == [", judge=longer", ", judge=rules"]
+    assert names(run(a=1, b=1, c=1), run(a=2, b=2, c=2)) == [" (1)", " (2)"]
+    assert names(run(text="short"), run(text="long" * 20)) == [", text=short", ""]

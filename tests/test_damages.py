@@ -103,7 +103,7 @@ def test_a_damaged_stage_is_named_and_never_used(name: str, folder: Path, tmp_pa
         with pytest.raises(StoreError) as error:
             attempt()
         assert words in str(error.value)
-        assert f"python -m dnpo.store remove generate/{folder.name} store={tmp_path} yes=true" in str(error.value)
+        assert f"dnpo store remove generate/{folder.name} store={tmp_path} yes=true" in str(error.value)
     assert used == []
     done = run_command(tmp_path, "dnpo.store.__main__", "verify", "--store", str(tmp_path))
     assert done.returncode == 1

@@ -247,7 +247,7 @@ def test_damaged_stages_are_named_and_computed_again(damage: str, tmp_path: Path
     (note,) = [*said, *report.notes]
     assert f"{address}/generate/{made.key}: is damaged: " in note
     assert ("manifest.json" if damage == "manifest" else "rows.txt") in note
-    assert f"python -m dnpo.store remove generate/{made.key} remote={address} yes=true" in note
+    assert f"dnpo store remove generate/{made.key} remote={address} yes=true" in note
     verified = run_command(tmp_path, "dnpo.commands.store", "verify", "--remote", address)
     assert verified.returncode == 1
     assert f"damaged     generate/{made.key}" in verified.stdout

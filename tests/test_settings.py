@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -23,6 +24,7 @@ from dnpo.settings import (
     build,
     check,
     check_values,
+    locate,
     nearest,
     offer,
 )
@@ -427,3 +429,15 @@ def test_a_run_is_named_after_its_command() -> None:
 )
 def test_a_setting_of_another_part_is_pointed_to(given: str, known: list[str], offered: str) -> None:
     assert nearest(given, known) == f" Did you mean {offered}"
+
+
+def test_a_part_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command dnpo begins without this folder in the path, unlike ``python -m``."""
+    (tmp_path / "of_my_own.py").write_text("import of_my_sibling\n\ndef part():\n    return of_my_sibling.VALUE\n")
+    (tmp_path / "of_my_sibling.py").write_text("VALUE = 3\n")
+    (tmp_path / "json.py").write_text("raise ImportError('hides a module of Python')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each])
+    assert locate("part._target_", "of_my_own.part")() == 3
+    monkeypatch.delitem(sys.modules, "json")
+    assert locate("part._target_", "json.dumps")([1]) == "[1]"

@@ -207,7 +207,7 @@ def test_a_note_describes_a_run_by_its_table() -> None:
     assert "30 of 200" in said
     assert re.search(r"changed .*0\.250.*0\.060", said)
     assert "outputs/x\\_y/models" in said
-    assert "    python -m dnpo.report abc" in said
+    assert "    dnpo report abc" in said
     still = [{**ROWS[1], "stagnation/ks": 0.05}]
     assert "the policy no longer changed" in notes.describe_results({**summary, "table": still}, Path("x"), "")
     lines = notes.results(ROWS).splitlines()

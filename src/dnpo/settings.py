@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -392,7 +393,12 @@ def locate(name: str, target: str) -> Callable[..., Any]:
 
 
 def _import(target: str) -> Any:
-    """Import the modules of a dotted path, and take the attributes that follow."""
+    """Import the modules of a dotted path, and take the attributes that follow.
+
+    The current folder is searched too, last: ``python -m`` does so by itself, the command ``dnpo`` does not.
+    """
+    if "" not in sys.path:
+        sys.path.append("")
     path, *rest = target.split(".")
     found: Any = import_module(path)
     for name in rest:

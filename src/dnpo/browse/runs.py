@@ -10,11 +10,15 @@ from typing import Any
 
 from dnpo.errors import DataError, TrackingError
 from dnpo.report.selection import SUMMARY, select
+from dnpo.settings import flat
 from dnpo.store import MANIFEST
 from dnpo.store.provenance import find_cwd
 from dnpo.tracking.client import make_absolute
 from dnpo.tracking.reading import SFT, Database
 from dnpo.tracking.sqlite import file_of
+
+DIFFERENCES, LONGEST = 2, 40  # settings in a run's name, and characters of one
+WHERE = ("store", "ledger", "tracking", "remote", "launch", "threads", "device", "plan", "check", "wide", "verify")
 
 
 @dataclass(frozen=True)
@@ -190,10 +194,32 @@ def _name(summary: Mapping[str, Any], folder: str) -> str:
 
 
 def _name_apart(runs: Sequence[Run]) -> list[Run]:
-    """Number the runs that have the same name."""
-    counts, seen = Counter(run.name for run in runs), Counter[str]()
+    """Add the options and settings that differ to runs of the same name; number those that are still alike."""
+    alike = {name: [run for run in runs if run.name == name] for name in Counter(run.name for run in runs)}
+    names = [run.name + _difference(run, alike[run.name]) for run in runs]
+    counts, seen = Counter(names), Counter[str]()
     named = []
-    for run in runs:
-        seen[run.name] += 1
-        named.append(replace(run, name=f"{run.name} ({seen[run.name]})") if counts[run.name] > 1 else run)
+    for run, name in zip(runs, names, strict=True):
+        seen[name] += 1
+        named.append(replace(run, name=f"{name} ({seen[name]})" if counts[name] > 1 else name))
     return named
+
+
+def _difference(run: Run, others: Sequence[Run]) -> str:
+    """The options and settings in which a run differs from others; empty if they are too many for a name."""
+    chosen = _differing([each.summary.get("choices", {}) for each in others])
+    settings = [flat(each.summary["settings"]) for each in others]
+    parts = (*chosen, *WHERE)
+    set_otherwise = [key for key in _differing(settings) if key.split(".")[0] not in parts]
+    if len(chosen) + len(set_otherwise) > DIFFERENCES:
+        return ""
+    choices, values = run.summary.get("choices", {}), flat(run.summary["settings"])
+    texts = [
+        f"{key}={source.get(key)}" for keys, source in ((chosen, choices), (set_otherwise, values)) for key in keys
+    ]
+    return "".join(f", {text}" for text in texts if len(text) <= LONGEST)
+
+
+def _differing(trees: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = dict.fromkeys(name for tree in trees for name in tree)
+    return [name for name in names if len({repr(tree.get(name)) for tree in trees}) > 1]

@@ -84,7 +84,7 @@ def check_settings(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, dict[str,
     top = check_values("", top_settings, {key: value for key, value in tree.items() if key not in PARTS})
     settings = {name: check(name, tree[name]) for name in PARTS}
     if settings["sft"].get("epochs") or settings["sft"].get("steps"):
-        raise SettingsError("sft: a model is measured as it is; leave sft=off, or train with python -m dnpo.train")
+        raise SettingsError("sft: a model is measured as it is; leave sft=off, or train with dnpo train")
     _whole_weights("model.path", settings["model"].get("path"))
     return top, settings
 
@@ -111,8 +111,7 @@ def _whole_weights(setting: str, path: str | None) -> None:
     """Refuse a folder that has only adapters; the message gives the command that merges them."""
     if path and (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
         raise SettingsError(
-            f"{setting}={path}: it has only adapters; python -m dnpo.export RUN iteration=N to=FOLDER writes "
-            "whole weights"
+            f"{setting}={path}: it has only adapters; dnpo export RUN iteration=N to=FOLDER writes whole weights"
         )
 
 

@@ -18,10 +18,7 @@ from dnpo.escape import say
 from dnpo.judges.reward.preferences import Preferences
 from dnpo.settings import check_values
 
-USAGE = (
-    "usage: python -m dnpo.judges.reward fit data.path=FILE base=FOLDER out=FOLDER [key=value …]; conf/reward.yaml has "
-    "all settings"
-)
+USAGE = "usage: dnpo judge fit data.path=FILE base=FOLDER out=FOLDER [key=value …]; conf/reward.yaml has all settings"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -119,7 +119,7 @@ def verify(given: argparse.Namespace) -> int:
     say(f"{_count(chosen)}, {_bytes(size)}: {damaged} damaged, {unknown} unverified, the others whole")
     if damaged:
         where = f"remote={given.remote}" if given.remote else f"store={shlex.quote(str(given.store))}"
-        say(f"python -m dnpo.store remove STAGE/KEY {where} yes=true removes one; a run computes it again")
+        say(f"dnpo store remove STAGE/KEY {where} yes=true removes one; a run computes it again")
     return int(damaged > 0)
 
 

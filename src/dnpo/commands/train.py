@@ -8,6 +8,7 @@ inside functions, so that wrong settings are reported at once.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -21,7 +22,7 @@ from dnpo.commands.iterations import join, settings_at, value_at
 from dnpo.commands.options import expand_options
 from dnpo.errors import SettingsError
 from dnpo.escape import say
-from dnpo.settings import Natural, check_values, neutral_names, require, with_contents
+from dnpo.settings import Natural, check_values, flat, named_within, neutral_names, require, with_contents
 from dnpo.settings import build as build_part
 from dnpo.settings import check as check_part
 
@@ -46,6 +47,7 @@ VARYING = (
     "trainer",
 )  # by iteration
 PARTS = ("model", "data", "sft", "generate", "second_judge", "augment", "eval", "tracking", "launch", *VARYING)
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")  # to another setting
 TYPICAL = "typical"  # values used only in interpolations; no part gets them
 WORDS = ("start", "reference")  # they may change by iteration too, but their values are words, not parts
 STARTING = ("dsl", "npo")  # parts that act from their ``start`` iteration on; ABSENT replaces them before it
@@ -84,11 +86,18 @@ def check_settings(cfg: DictConfig) -> Checked:
     """Check every setting against the signature of the part it configures, without building anything.
 
     Raises:
-        SettingsError: a setting is unknown, missing or out of range; the message names the first such.
+        SettingsError: a setting is unknown, missing or out of range; the message names the first such, or the setting
+            that it takes its value from.
     """
+    raw = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
+    sources = {name: found[1] for name, value in flat(raw).items() if (found := REFERENCE.fullmatch(str(value)))}
+    with named_within(sources):
+        return _check_tree(command.plain(cfg))
+
+
+def _check_tree(tree: dict[str, Any]) -> Checked:
     from dnpo.stages.plan import RunSettings
 
-    tree = command.plain(cfg)
     tree.pop(TYPICAL, None)
     top = check_values("", RunSettings, {key: value for key, value in tree.items() if key not in PARTS})
     iterations = top["iterations"]

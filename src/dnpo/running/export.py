@@ -78,7 +78,7 @@ def _clear(folder: Path) -> None:
 def _link_policy(policy: SavedPolicy, folder: Path, run: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     where = shlex.quote(policy.show(run))
-    copy = f"python -m dnpo.export {where} iteration={policy.name.removeprefix('iteration-')} to=FOLDER"
+    copy = f"dnpo export {where} iteration={policy.name.removeprefix('iteration-')} to=FOLDER"
     kind, rank = policy.kind, 0
     try:
         for name, target in _files(policy).items():

@@ -137,7 +137,7 @@ def describe_results(summary: Mapping[str, Any], folder: Path, run: str) -> str:
         f"- It took {summary['seconds']:,.0f} s; computing its stages took {seconds:,.0f} s.",
         f"- Models: {escape(folder / 'models')}, one folder for each policy, ready to load.",
     ]
-    drawn = f"python -m dnpo.report {run}\npython -m analysis all runs={run}"
+    drawn = f"dnpo report {run}\ndnpo figures all runs={run}"
     return "\n".join([*lines, "", "To draw it:", "", code(drawn)]) if run else "\n".join(lines)
 
 

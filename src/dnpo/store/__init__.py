@@ -188,7 +188,7 @@ class Store:
         elif stages and known != KEYS:
             note(
                 f"store={self.root}: its stages ({', '.join(stages)}) were stored by an earlier version of dnpo; those "
-                f"whose keys have changed are computed again. python -m dnpo.store remove store={self.root} shows "
+                f"whose keys have changed are computed again. dnpo store remove store={self.root} shows "
                 "which folders no tracked run needs"
             )
 
@@ -218,7 +218,7 @@ class Store:
         if self.remote is not None and self._unpublished:
             note(
                 f"store.remote={self.remote.address}: not published: {', '.join(self._unpublished)}. Publish later "
-                f"with python -m dnpo.store publish store={self.root} remote={self.remote.address}"
+                f"with dnpo store publish store={self.root} remote={self.remote.address}"
             )
 
     def check(self, stages: Iterable[Stage], note: Callable[[str], None], everything: bool = True) -> None:
@@ -238,7 +238,7 @@ class Store:
         if earlier:
             note(
                 f"store={self.root}: these stages were written by an earlier version of dnpo, without digests of their "
-                f"files, and are used unverified: {', '.join(earlier)}. To have them made again: python -m dnpo.store "
+                f"files, and are used unverified: {', '.join(earlier)}. To have them made again: dnpo store "
                 f"remove {' '.join(earlier)} store={self.root} needed=true"
             )
         if everything and len(there) < len({stage.key for stage in stages}) and not self.writable:

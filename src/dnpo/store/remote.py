@@ -341,7 +341,7 @@ class Remote:
         return Path(path).with_name(f".{Path(path).name}.{self._me}.{threading.get_ident()}")
 
     def _advise(self, name: str) -> str:
-        return f"python -m dnpo.store remove {name} remote={self.address} yes=true removes it"
+        return f"dnpo store remove {name} remote={self.address} yes=true removes it"
 
 
 def bring_into(folder: Path, root: Path, name: str, remote: Remote, content: Mapping[str, Any]) -> None:

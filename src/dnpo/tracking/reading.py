@@ -312,7 +312,7 @@ class Database:
             known = ", ".join(f"{name} ({plural(runs, 'run')})" for name, runs in self.sweeps().items())
             raise DataError(
                 f"no run of sweep {sweep} is tracked in {self.uri}; {f'it has {known}' if known else 'it has none'}. "
-                f"python -m dnpo.train -m +sweep={sweep} makes them, if there is such a sweep"
+                f"dnpo sweep {sweep} makes them, if there is such a sweep"
             )
         return found
 

@@ -26,5 +26,5 @@ def read_facts(weights: Weights) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ModelError(
             f"{weights.description}: its {FACTS} cannot be used ({error}); expected kind, center and scale as "
-            "`python -m dnpo.judges.reward fit` writes them"
+            "`dnpo judge fit` writes them"
         ) from error

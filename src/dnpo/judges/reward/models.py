@@ -214,7 +214,7 @@ def _render(tokenizer: Any, messages: Sequence[Message], response: str) -> Text:
 
 def _advise(weights: Weights) -> str:
     return (
-        ". Without a trained output it is not a reward model; fit one on it: python -m dnpo.judges.reward fit "
+        ". Without a trained output it is not a reward model; fit one on it: dnpo judge fit "
         f"base={weights.folder or weights.name} data.path=… out=…"
     )
 
