@@ -18,6 +18,7 @@ from analysis.results import (
     against,
     average,
     benchmarks,
+    clip,
     estimate,
     numbers,
     results,
@@ -124,7 +125,7 @@ def _row(cells: Cells, measure: PolicyMeasure, name: str, of: Labelling) -> dict
     found = against(*sides)
     apart: Array = sides[0] - sides[1]
     value = Estimate(float(np.nanmean(apart))) if found is None else found.difference
-    gain = scaled(value, measure.metric.scale)
+    gain = scaled(clip(value), measure.metric.scale)
     p = 1.0 if found is None else found.p
     return {**head, **right, **numbers(gain), "reading": _read_gain(gain), **size(apart), "p": p}
 

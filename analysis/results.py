@@ -216,6 +216,12 @@ def estimate(x_SI: Array, of: Kind = "number") -> Estimate:
     return mean.amount() if of == "amount" else mean.estimate()
 
 
+def clip(difference: Estimate) -> Estimate:
+    """A difference of two shares, with its interval cut at −1 and 1."""
+    low, high = difference.low, difference.high
+    return Estimate(difference.value, None if low is None else max(low, -1.0), None if high is None else min(high, 1.0))
+
+
 def kind(of: Metric) -> Kind:
     """The kind of a metric's values."""
     return "share" if of.unit == "%" else "number"
@@ -288,8 +294,7 @@ def over_base(cells: Cells, measures: Sequence[PolicyMeasure], base: str) -> lis
         mine, other = (results(cells, measure, side, k, seeds) for side in (method, base))
         found = against(mine, other)
         value = Estimate(float(np.nanmean(mine - other))) if found is None else found.difference
-        if kind(measure.metric) == "share" and value.low is not None and value.high is not None:
-            value = Estimate(value.value, max(value.low, -1.0), min(value.high, 1.0))
+        value = clip(value) if kind(measure.metric) == "share" else value
         head = {"method": method, "base": base, "iteration": k, "measure": measure.label}
         p = 1.0 if found is None else found.p
         rows.append({**head, **numbers(scaled(value, measure.metric.scale)), **size(mine - other), "p": p})

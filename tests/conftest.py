@@ -273,7 +273,7 @@ def recorder(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> "Recor
     """A store with the sweeps of all figures: ``main`` with three seeds, the others with two."""
     from analysis.selection import CONSTANT, DNPO, DSL, FIXED, NPO, SPIN
 
-    from tests.recording import RIVALS, Recorder, record_judges
+    from tests.recording import RIVALS, Recorder, record_judges, record_noise
 
     folder = tmp_path_factory.mktemp("tracked")
     shutil.copy(migrated, folder / "mlflow.db")
@@ -291,4 +291,5 @@ def recorder(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> "Recor
             settings = {"rollout.samples": str(iterations)}
             found.run(method, seed, sweep="methods", iterations=iterations, params=settings, tags={"dnpo.method": name})
     record_judges(found, 2)
+    record_noise(found, 2)
     return found

@@ -259,6 +259,14 @@ def record_judges(recorder: Recorder, seeds: int) -> None:
             recorder.run(DSL, seed, sweep="judge_accuracy", params=params, more=wrong)
 
 
+def record_noise(recorder: Recorder, seeds: int) -> None:
+    """Record the sweep ``noise_map`` at one β and one share of flaws, with two numbers of epochs."""
+    for seed, epochs, method in itertools.product(range(seeds), (2, 6), (SPIN, FIXED, NPO, CONSTANT)):
+        params = {"data.flaws": "0.3", "objective.beta": "5.0", "trainer.epochs": str(epochs)}
+        more = {"margin/saturation": 0.5 - 0.05 * epochs}
+        recorder.run(method, seed, sweep="noise_map", iterations=1, start=0, params=params, more=more)
+
+
 def stages_of(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Stages of a run: fine-tuning takes 100 s, and in each iteration training takes 2 s and measuring 1 s."""
     found = [{"stage": "sft", "key": "sft", "iteration": SFT, "seconds": 100.0}]

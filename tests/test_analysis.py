@@ -456,7 +456,7 @@ def test_the_papers_curve_is_drawn_only_with_runs_of_its_setting(recorder: Recor
 
 def test_every_required_figure_and_table_exists(capsys: pytest.CaptureFixture[str]) -> None:
     numbers = {name.split("_")[0] for name in command.scripts()}
-    assert numbers == {f"fig{n:02}" for n in (1, 2, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15)} | {
+    assert numbers == {f"fig{n:02}" for n in (1, 2, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 16)} | {
         f"table{n:02}" for n in (1, 2, 5, 6, 7)
     }
     assert command.resolve(["fig12"]) == ["fig11_second_judge"]

@@ -1,14 +1,15 @@
-"""The map of judges: its sweeps, its numbers, what it refuses, and the place of a measured judge on it."""
+"""The maps of judges and of noise: sweeps, numbers, what they refuse, and the place of a measured judge."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from analysis import command, fig15_judge_accuracy
+from analysis import command, fig15_judge_accuracy, fig16_noise_map
 from analysis.fig15_judge_accuracy import ERRORS, LENGTH, Labelling, _read_gain
+from analysis.fig16_noise_map import Place
 from analysis.results import average, benchmarks, results
-from analysis.selection import DNPO, DSL, SPIN, Absent
+from analysis.selection import CONSTANT, DNPO, DSL, NPO, SPIN, Absent
 
 from dnpo.judges.agreement.table import notes
 from dnpo.stats.intervals import Estimate
@@ -115,3 +116,40 @@ def test_a_measured_judge_has_a_place_on_the_map(
     assert all(part in place for part in (*parts, "fig15"))
     alone = notes({**report, "measures": {**measures, "accuracy": measured(1.0, None, None)}})
     assert len(alone) == 1  # one row has no interval, hence no place
+
+
+# --- where noise helps
+
+
+def test_the_noise_map_trains_once_for_each_place() -> None:
+    """Jobs of a seed and share have generation and labels in common; β, epochs and noise only change the training."""
+    found = jobs("noise_map", "seed=0", "data.flaws=0.3")
+    assert len(found) == 24
+    assert trainings(found).total() == 24  # the constant's stage of trainable noise is that of its own job
+    assert len({laid_out(job)[1].labelled.key for job in found}) == 1  # type: ignore[union-attr]
+
+
+def test_effects_of_noise_are_paired_in_each_place(recorder: Recorder, tmp_path: Path) -> None:
+    assert analysis(recorder, "fig16", "--out", str(tmp_path), "--no-log") == 0
+    rows = [
+        {**row, "method": row["method"].removeprefix("'")}  # written so that no program takes +NPO for a formula
+        for row in read(tmp_path / "fig16_noise_map.csv")
+    ]
+    assert [(row["method"], row["base"], row["epochs"]) for row in rows] == [
+        (method, base, epochs) for method, base in fig16_noise_map.PAIRS for epochs in ("2", "6")
+    ]
+    cells = chosen(recorder, sweeps=["noise_map"]).named(lambda run: repr(Place.of(run)), fig16_noise_map._is_own)
+    measure, own = average(benchmarks(cells)), [repr(Place(method, 0.3, 5.0, 6)) for method in (NPO, CONSTANT)]
+    sides = [results(cells, measure, name, 0, [0, 1]) for name in own]
+    expected = compare_paired(*sides, interval="t").difference
+    (row,) = (row for row in rows if (row["method"], row["base"], row["epochs"]) == (NPO, CONSTANT, "6"))
+    shown = [float(row[name]) for name in ("mean", "low", "high")]
+    assert shown == pytest.approx([100 * (each or 0.0) for each in (expected.value, expected.low, expected.high)])
+    assert float(row["saturation"]) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "negligible"), [(-0.9, 0.9, True), (-1.0, 0.9, False), (0.1, 0.9, True), (None, None, False)]
+)
+def test_an_effect_is_negligible_if_its_interval_is(low: float | None, high: float | None, negligible: bool) -> None:
+    assert fig16_noise_map._is_negligible(Estimate(0.0, low, high)) is negligible
