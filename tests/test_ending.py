@@ -77,8 +77,8 @@ def test_the_end_reports_each_improvement_and_its_size(tmp_path: Path) -> None:
     right = random.random(40) < 0.5
     folders = [items(tmp_path / "sft", before, right), items(tmp_path / "0", after, right)]
     rows = [
-        {"iteration": "SFT", "eval/score": before.mean(), "eval/accuracy": right.mean()},
-        {"iteration": 0, "eval/score": after.mean(), "eval/accuracy": right.mean()},
+        {"iteration": "SFT", "eval/score": before.mean(), "eval/accuracy": right.mean(), "eval/loss": 2.1671},
+        {"iteration": 0, "eval/score": after.mean(), "eval/accuracy": right.mean(), "eval/loss": 150.739},
     ]
     out = io.StringIO()
     console = Console(width=79)
@@ -91,6 +91,7 @@ def test_the_end_reports_each_improvement_and_its_size(tmp_path: Path) -> None:
     gained = f"{after.mean() - before.mean():+.1f}"
     assert f"better ({gained}; 95 % interval {low} to {high})" in out.getvalue()
     assert "the same on every prompt" in out.getvalue()
+    assert "Held-out loss of human responses: 2.167 → 150.739 nats a token (+148.572)." in out.getvalue()
     half = stats.t.ppf(0.975, 39) * stats.sem(before.mean(1))
     assert f"{before.mean():.1f} ±{half:.1f}" in shown[0]
     assert shown[0].splitlines()[-1].startswith(BEST)

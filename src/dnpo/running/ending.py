@@ -19,6 +19,7 @@ MEASURED = {
     "eval/loss": ("human", "logprob"),
 }
 BARE = ("eval/loss",)  # in the narrow table without its interval, for which there is no room
+LOSS = "eval/loss"  # has no results by prompt, so no interval
 
 
 def show_briefly(
@@ -100,6 +101,10 @@ def sentences(
         gained = column.format(last - first, signed=True)
         said.append(f"{column.title}: {ends} {column.unit}, {verdict} ({gained}; 95 % interval {low} to {high}).")
         over = f"over {found.items} held-out prompts"
+    column, first, last = metric(LOSS), rows[0].get(LOSS), rows[-1].get(LOSS)
+    if len(rows) > 1 and first is not None and last is not None:
+        ends, gained = f"{column.format(first)} → {column.format(last)}", column.format(last - first, signed=True)
+        said.append(f"{column.title}: {ends} {column.unit} ({gained}).")
     if over:
         ends = f"from {rows[0]['iteration']} to {rows[-1]['iteration']}"
         said.append(f"Changes are {ends}; ± and intervals are {over}. Another seed may give other numbers.")
