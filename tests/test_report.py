@@ -1,6 +1,7 @@
 """The report: its contents for runs and sweeps, also broken ones; their contents are always plain text in it."""
 
 import base64
+import itertools
 import json
 import re
 import shutil
@@ -262,6 +263,20 @@ def test_missing_jobs_of_an_unfinished_sweep_are_listed(lab: Lab) -> None:
     assert re.search(r"method=dnpo seed=1 \(run \w{8}, seed 1\) failed\.", page.text)
     assert "dnpo has no finished run with seed 1." in page.text
     assert "dnpo and spin are compared over the seeds that both have." in page.text
+
+
+def test_a_sweep_counts_over_optimised_runs_by_setting(lab: Lab) -> None:
+    gains = {name: {"value": 1.0, "low": 0.5, "high": 1.5} for name in ("eval/score", "second/score")}
+    table = [{"iteration": "SFT", "eval/score": 50.0}, {"iteration": 0, "eval/score": 60.0, "drift/kl": 0.25}]
+    for method, seed in itertools.product(("spin", "dnpo"), range(3)):
+        found = gains if method == "dnpo" and seed else None
+        tags = {"dnpo.method": method, "dnpo.dsl": "off" if method == "spin" else "score"}
+        name = f"method={method} seed={seed}"
+        lab.run(name, table, seed=seed, tags=tags, sweep="main", summary={"overoptimised": found})
+    text, _ = lab.page("main")
+    assert "Over-optimised? dnpo, seeds 1, 2 of 3: the judge" in text
+    assert text.count("Over-optimised?") == 1
+    assert "KL of the policy to its reference" in text  # a table of its own
 
 
 def test_a_sweep_without_a_finished_run_has_a_page(lab: Lab) -> None:
