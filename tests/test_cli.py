@@ -193,6 +193,7 @@ def test_methods_are_listed_with_their_sources_and_explained(tmp_path: Path, nar
         one = dnpo(tmp_path, "methods", file.stem).stdout
         assert f"python -m dnpo.train method={file.stem}" in one
         assert "Expected" in one
+        assert max(len(line) for line in one.splitlines() if not line.startswith(" ")) <= WIDTH
     assert "[Chen et al. 2024]" in text
     wrong = dnpo(tmp_path, "methods", "spinn")
     assert wrong.returncode == 1

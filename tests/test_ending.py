@@ -22,6 +22,7 @@ from dnpo.running.console import BEST, COMPACT, NARROW, Console, compact_table
 from dnpo.running.ending import sentences, show_briefly
 from dnpo.running.gate import Finding, show
 from dnpo.running.sweep import _gather, _show_comparison, _show_spread, describe_place
+from dnpo.screen import ScreenTable
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.prompts import by_prompt, change, mean
@@ -320,3 +321,26 @@ def test_without_tracking_a_sweep_ends_with_means_and_standard_deviations(
     assert re.search(r"^method=spin +2 +20\.0 ± 14\.1 +20\.0 ± 0\.0$", out, re.MULTILINE)
     assert re.search(r"^method=dnpo +1 +50\.0 +25\.0$", out, re.MULTILINE)
     assert _gather(tmp_path, []) == []
+
+
+def test_a_long_list_is_cut_at_the_width_of_the_terminal_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = ScreenTable()
+    for heading in ("stage", "by"):
+        table.add_column(heading, no_wrap=True)
+    table.add_row("sft/0123", "x" * 100)
+    table.add_row("sft/4567", "short")
+    monkeypatch.setenv("COLUMNS", "80")
+    Console().table_cut(table)
+    assert "x" * 100 in capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    Console().table_cut(table)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    assert [line.split() for line in lines] == [
+        ["stage", "by"],
+        ["sft/0123", "x" * 69 + "…"],
+        ["sft/4567", "short"],
+        lines[-1].split(),
+    ]
+    assert "| cat" in lines[-1]

@@ -4,12 +4,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import LedgerError
 from dnpo.escape import say
 from dnpo.judges.asked.ledger import Ledger, sum_by
+from dnpo.running.console import Console
 from dnpo.screen import ScreenTable
 
 
@@ -31,8 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except LedgerError as error:
         say(f"error: {error}", error=True)
         sys.exit(1)
-    console = Console(highlight=False)
-    console = Console(highlight=False, width=max(console.width, 140))
+    console = Console()
     for title, names in (("By judge", ("judge", "model")), ("By run", ("run",)), ("By month", ("month",))):
         table = ScreenTable(title=title, title_justify="left", box=None, pad_edge=False)
         for name in names:
@@ -44,16 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             money = f"{row['cost']:,.4f}" + (" + unpriced" if row["unpriced"] else "")
             counts = [f"{row[name]:,}" for name in ("calls", "failed", "hits", "tokens_in", "tokens_out")]
             table.add_row(*(str(row[name]) for name in names), *counts, money)
-        console.print(table)
-        console.print()
+        console.table(table, split=True)
+        console.say("")
     if endpoints:
         table = ScreenTable(title="Who answered", title_justify="left", box=None, pad_edge=False)
         for name in endpoints[0]:
             table.add_column(name, overflow="fold")
         for each in endpoints:
             table.add_row(*each.values())
-        console.print(table)
-        console.print()
-    console.print(
+        console.table(table, split=True)
+        console.say("")
+    console.tell(
         "hits: questions answered from the ledger instead of asked again; failed: replies that gave no verdict."
     )

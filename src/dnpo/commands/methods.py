@@ -62,8 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given:
         _list(files)
     elif given[0] in files:
-        say("\n".join(Header.read(files[given[0]]).lines))
-        say("\nIts words:\n")
+        for line in Header.read(files[given[0]]).lines:
+            say(line if line.startswith(" ") else textwrap.fill(line, _width(), break_on_hyphens=False))
+        say("\nIts settings:\n")
         say("\n".join(_words(files[given[0]])))
     else:
         say(f"error: {given[0]}: there is no such method.{nearest(given[0], list(files))}", error=True)
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _list(files: dict[str, Path]) -> None:
-    width = max(60, min(120, shutil.get_terminal_size().columns - 1))
+    width = _width()
     wide = max(map(len, files))
     for name, file in files.items():
         header = Header.read(file)
@@ -83,6 +84,10 @@ def _list(files: dict[str, Path]) -> None:
     say("\nRun one:        dnpo train method=NAME")
     say("Compare some:   dnpo sweep method=spin,dnpo seed=0,1,2")
     say("Explain one:    dnpo methods NAME")
+
+
+def _width() -> int:
+    return max(60, min(120, shutil.get_terminal_size().columns - 1))
 
 
 def _words(file: Path) -> list[str]:

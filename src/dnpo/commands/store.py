@@ -252,7 +252,7 @@ def _print(entries: Sequence[Entry], needs: Mapping[str, Sequence[str]]) -> None
         cells += [str(entry.content.get("started", ""))[:16].replace("T", " "), ", ".join(filter(None, by))]
         cells += [_name(needs[entry.name])] if needs else []
         table.add_row(*map(Text, cells))
-    Console().table(table)
+    Console().table_cut(table)
     if needs:
         say(f"{_count(entries)}, {_bytes(sum(entry.size for entry in entries))}")
 

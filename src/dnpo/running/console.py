@@ -116,6 +116,23 @@ class Console:
             width = self.rich.width if fold and self.rich.is_terminal else max(self.rich.width, _measure(part))
             RichConsole(width=width, highlight=False).print(part)
 
+    def table_cut(self, table: ScreenTable) -> None:
+        """Print a table; on a terminal, lines end at its width, with … where something is left out."""
+        if not self.rich.is_terminal:
+            self.table(table)
+            return
+        whole = RichConsole(width=_measure(table), highlight=False)
+        with whole.capture() as captured:
+            whole.print(table)
+        lines = [Text.from_ansi(line) for line in captured.get().splitlines()]
+        cut = [line for line in lines if len(line.plain.rstrip()) > self.rich.width]
+        for line in lines:
+            line.rstrip()
+            line.truncate(self.rich.width, overflow="ellipsis")
+            self.rich.print(line)
+        if cut:
+            self.say("… marks what does not fit the terminal; append | cat to see it.")
+
     def say(self, text: str) -> None:
         """Print one line; a path or a command in it can be copied even if the terminal breaks the line."""
         self.rich.print(for_terminal(text), markup=False)
