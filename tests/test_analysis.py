@@ -274,28 +274,6 @@ def test_a_duel_compares_sample_by_sample(recorder: Recorder) -> None:
 # --- figures and tables -----------------------------------------------------------------------------------------------
 
 
-def test_all_draws_what_it_can_and_logs_it_to_each_sweep(
-    recorder: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert analysis(recorder, "all", "--out", str(tmp_path)) == 0
-    out = capsys.readouterr().out
-    assert f"{len(command.scripts())} drawn in" in out, out
-    for name in command.scripts():
-        endings = ("png", "svg", "csv", "pdf", "tex") if name.startswith("fig") else ("csv", "md", "tex")
-        assert all((tmp_path / f"{name}.{ending}").stat().st_size > 100 for ending in endings)
-    experiment = recorder.client.get_experiment_by_name("dnpo").experiment_id
-    kept = {
-        sweep: {each.path for each in recorder.client.list_artifacts(recorder.parents[experiment, sweep], "analysis")}
-        for sweep in ("main", "ablation", "fixed_vs_trainable", "methods")
-    }
-    assert {"analysis/fig05_benchmark.png", "analysis/table01_main.tex"} <= kept["main"]
-    assert kept["ablation"] == {f"analysis/fig08_ablation.{e}" for e in ("png", "svg", "csv", "pdf", "tex")} | {
-        f"analysis/table06_ablation.{e}" for e in ("csv", "md", "tex")
-    }
-    assert "analysis/fig13_fixed_vs_trainable.svg" in kept["fixed_vs_trainable"]
-    assert {"analysis/fig14_methods.png", "analysis/table02_rivals.md"} <= kept["methods"]
-
-
 def test_pictures_have_print_quality_and_the_numbers_drawn(recorder: Recorder, tmp_path: Path) -> None:
     assert analysis(recorder, "fig06", "--out", str(tmp_path), "--no-log") == 0
     from PIL import Image

@@ -1,9 +1,11 @@
 """The look of figures and LaTeX tables: paired whiskers, intervals in range, axes, legends, text, files for papers."""
 
+import io
 import math
 import re
 import shutil
 import subprocess
+from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -50,10 +52,31 @@ def drawn(recorder: Recorder) -> dict[str, DrawnFigure]:
 
 @pytest.fixture(scope="module")
 def written(recorder: Recorder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of every figure and table."""
+    """The files of every figure and table, and what the command printed."""
     folder = tmp_path_factory.mktemp("figures")
-    assert analysis(recorder, "all", "--out", str(folder), "--no-log") == 0
+    with redirect_stdout(io.StringIO()) as printed:
+        assert analysis(recorder, "all", "--out", str(folder)) == 0
+    (folder / "stdout.txt").write_text(printed.getvalue())
     return folder
+
+
+def test_all_draws_what_it_can_and_logs_it_to_each_sweep(recorder: Recorder, written: Path) -> None:
+    out = (written / "stdout.txt").read_text()
+    assert f"{len(command.scripts())} drawn in" in out, out
+    for name in command.scripts():
+        endings = ("png", "svg", "csv", "pdf", "tex") if name.startswith("fig") else ("csv", "md", "tex")
+        assert all((written / f"{name}.{ending}").stat().st_size > 100 for ending in endings)
+    experiment = recorder.client.get_experiment_by_name("dnpo").experiment_id
+    kept = {
+        sweep: {each.path for each in recorder.client.list_artifacts(recorder.parents[experiment, sweep], "analysis")}
+        for sweep in ("main", "ablation", "fixed_vs_trainable", "methods")
+    }
+    assert {"analysis/fig05_benchmark.png", "analysis/table01_main.tex"} <= kept["main"]
+    assert kept["ablation"] == {f"analysis/fig08_ablation.{e}" for e in ("png", "svg", "csv", "pdf", "tex")} | {
+        f"analysis/table06_ablation.{e}" for e in ("csv", "md", "tex")
+    }
+    assert "analysis/fig13_fixed_vs_trainable.svg" in kept["fixed_vs_trainable"]
+    assert {"analysis/fig14_methods.png", "analysis/table02_rivals.md"} <= kept["methods"]
 
 
 # --- intervals

@@ -165,8 +165,8 @@ def test_a_run_on_real_pairs_ends_where_trl_ends(shared: Path, tmp_path: Path) -
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     model = ("model=local", f"model.path={shared / 'models' / 'stories260K'}", "trainer.batch_size=16")
     data = ("data=jsonl", "data.path=rows.jsonl", "data.max_response_tokens=32", "trainer.optimizer.lr=1e-4")
-    evaluation = ("eval.samples=1", "eval.sequences=4")
-    succeed(tmp_path, "scale=smoke", "tracking=off", "method=dpo", *model, *data, *evaluation)
+    short = ("sft.steps=8", "eval.samples=1", "eval.sequences=4")
+    succeed(tmp_path, "scale=smoke", "tracking=off", "method=dpo", *model, *data, *short)
     found = compare_run(tmp_path)
     assert found["pairs"] > 50
     assert found["greatest change by training"] > 1
