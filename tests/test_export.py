@@ -183,7 +183,7 @@ def test_without_training_the_folder_is_the_base_model(base: str, left: Callable
     model = AutoModelForCausalLM.from_pretrained(card.parent)
     assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(where)))
     AutoTokenizer.from_pretrained(card.parent)
-    shown = os.path.relpath(where, made.project)
+    shown = os.path.relpath(where, made.project) if base == "scratch" else made.base.name
     assert f"this is the base model itself, {shown}." in card.read_text()
 
 
@@ -250,6 +250,23 @@ def test_a_card_names_method_iteration_data_judge_settings_and_stage(left: Calla
     assert "iteration 0 · optimise" not in text
     assert 'judge.base_url="http://…@y/v1"' in text
     assert "secret" not in text
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_card_names_no_folder_of_this_machine(rank: int, left: Callable[..., Any]) -> None:
+    """Folders in settings, and of the base model outside the working folder; names of files and of the hub remain."""
+    made = left(rank=rank, base="local")
+    settings = made.summary["settings"]
+    settings["model"] |= {"path": str(made.base)}
+    settings["data"] |= {"path": ["/home/someone/my rows/rows.jsonl", "~/more.jsonl"], "name": "some/rows"}
+    settings["launch"] = {"through": "srun --chdir=/home/someone/work go"}
+    settings["trainer"] = {"rate": "1/2", "hint": "a / b"}
+    for card in link(made.summary, made.run):
+        text = card.read_text()
+        for private in (str(made.project), str(made.base.parent), "/home", "someone", "../"):
+            assert private not in text
+        for public in ("rows.jsonl", "more.jsonl", '"some/rows"', '"1/2"', "srun", '"a / b"', f'path="{made.base.name}"'):
+            assert public in text
 
 
 def test_a_card_names_parts_that_had_not_started(left: Callable[..., Any]) -> None:

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM
 
 from dnpo.commands.export import main
-from dnpo.running.push import _shorten
+from dnpo.running.card import shorten_paths
 
 from .hub_server import TOKEN, Hub, hub
 from .test_export import left
@@ -111,7 +111,7 @@ def test_nothing_that_is_pushed_reveals_this_machine(run: Any, server: Hub) -> N
     ],
 )
 def test_paths_are_shortened_and_names_are_not(text: str, short: str) -> None:
-    assert _shorten(text) == short
+    assert shorten_paths(text) == short
 
 
 def test_text_that_would_reveal_this_machine_stops_the_push(

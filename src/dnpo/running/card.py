@@ -14,6 +14,7 @@ from dnpo.policy.base import read_saved
 from dnpo.store import manifest
 
 Kind = Literal["full", "adapter", "base"]
+PATH = re.compile(r"(?<![\w.:/~-])(?:~|\.{1,2})?(?:/[\w.@+=-]+){2,}/?|(?<![\w./])(?:~|\.{1,2})(?:/[\w.@+=-]+)+/?")
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM's --max-lora-rank accepts
 
 
@@ -136,7 +137,22 @@ def card(saved: SavedPolicy, folder: str, kind: Kind, rank: int, notes: str) -> 
         f"## Settings\n\n{_settings(saved)}",
         f"## Versions\n\n{_versions(saved)}",
     ]
-    return "\n\n".join(sections) + "\n"
+    return shorten_paths("\n\n".join(sections) + "\n")
+
+
+def shorten_paths(text: str) -> str:
+    """Replace paths by their last part: absolute ones, and those that begin with a dot or a tilde.
+
+    A setting's value that is a path is replaced as a whole, since it may have spaces.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        given = json.loads(found[2])
+        path = isinstance(given, str) and given.startswith(("/", "~", "./", "../"))
+        return f"{found[1]}{json.dumps(Path(given).name, ensure_ascii=False)}" if path else found[0]
+
+    text = re.sub(r'^( {4}[\w.]+=)("(?:[^"\\]|\\.)*")$', value, text, flags=re.MULTILINE)
+    return PATH.sub(lambda found: found[0].rstrip("/").rpartition("/")[2], text)
 
 
 def _title(saved: SavedPolicy) -> str:

@@ -17,13 +17,12 @@ from typing import Any, Literal, NamedTuple
 
 from dnpo.errors import SettingsError
 from dnpo.escape import for_markdown, for_markdown_code
-from dnpo.running.card import SavedPolicy
+from dnpo.running.card import SavedPolicy, shorten_paths
 from dnpo.running.export import CARD
 from dnpo.running.secrets import KEY, PASSWORD, QUERY
 
 PAIRS = "pairs.jsonl"
 TEXTS = (".md", ".json", ".jinja", ".txt")  # files of a model that are searched
-PATH = re.compile(r"(?<![\w.:/~-])(?:~|\.{1,2})?(?:/[\w.@+=-]+){2,}/?|(?<![\w./])(?:~|\.{1,2})(?:/[\w.@+=-]+)+/?")
 NAMES_A_PATH = ("name_or_path", "_name_or_path", "base_model_name_or_path")  # fields that libraries write
 SHORTEST = 3  # minimum length of the name of a user or a machine to look for
 Kind = Literal["model", "dataset"]
@@ -72,7 +71,7 @@ def push(
             shutil.copyfile(pairs, aside / PAIRS)
             with pairs.open(encoding="utf-8") as stream:
                 rows = sum(1 for _ in stream)
-            (aside / CARD).write_text(_shorten(_card_of_pairs(policy, rows)), encoding="utf-8")
+            (aside / CARD).write_text(shorten_paths(_card_of_pairs(policy, rows)), encoding="utf-8")
             folders.append(("dataset", aside, f"the {rows:,} pairs it was trained on, and their card"))
         for _, each, _ in folders:
             _search(each, repo)
@@ -151,7 +150,7 @@ def _last_line(error: Exception) -> str:
 def _clean(folder: Path) -> None:
     """Shorten the paths on a copy's card, and remove those that libraries wrote into its configuration."""
     card = folder / CARD
-    card.write_text(_shorten(card.read_text(encoding="utf-8")), encoding="utf-8")
+    card.write_text(shorten_paths(card.read_text(encoding="utf-8")), encoding="utf-8")
     for path in folder.glob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -160,21 +159,6 @@ def _clean(folder: Path) -> None:
         if paths:
             kept = {name: value for name, value in content.items() if name not in paths}
             path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _shorten(text: str) -> str:
-    """Replace paths by their last part: absolute ones, and those that begin with a dot or a tilde.
-
-    A setting's value that is a path is replaced as a whole, since it may have spaces.
-    """
-
-    def value(found: re.Match[str]) -> str:
-        given = json.loads(found[2])
-        path = isinstance(given, str) and given.startswith(("/", "~", "./", "../"))
-        return f"{found[1]}{json.dumps(Path(given).name, ensure_ascii=False)}" if path else found[0]
-
-    text = re.sub(r'^( {4}[\w.]+=)("(?:[^"\\]|\\.)*")$', value, text, flags=re.MULTILINE)
-    return PATH.sub(lambda found: found[0].rstrip("/").rpartition("/")[2], text)
 
 
 def _search(folder: Path, repo: str) -> None:
