@@ -25,7 +25,7 @@ from dnpo.cli import main as dnpo
 from dnpo.commands import agreement, common, evaluate, leaderboard, reward, train
 from dnpo.commands.grammar import refuse_dashes, with_dashes
 from dnpo.commands.verbs import VERBS
-from dnpo.settings import check, check_values, conf_folder
+from dnpo.settings import check, check_values, conf_folder, locate
 from tests.commands import SMOKE, TINY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,8 +116,21 @@ def check_leaderboard(cfg: DictConfig) -> None:
         check(name, tree[name])
 
 
+def check_train(cfg: DictConfig) -> None:
+    """Check the settings, and that labels by score have a judge, which the gate would miss."""
+    train.check_settings(cfg)
+    tree = common.plain(cfg)
+
+    def targets(name: str) -> list[Any]:
+        some = tree[name] if isinstance(tree[name], list) else [tree[name]]
+        return [locate(name, each["_target_"]) for each in some]
+
+    needed = any(getattr(each, "needs_scores", False) for each in targets("dsl"))
+    assert not needed or all(getattr(each, "gives_scores", True) for each in targets("judge"))
+
+
 CHECKS: dict[str, Any] = {
-    "train": train.check_settings,
+    "train": check_train,
     "evaluate": evaluate.check_settings,
     "agreement": agreement._check,
     "reward": check_fit,
