@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import pytest
 
-from dnpo.data.tinyworld import FAMILIES, VERSION, WORDS, Problem, TinyWorld, problems
+from dnpo.data.tinyworld import FACTS, FAMILIES, VERSION, WORDS, Problem, TinyWorld, problems
 from dnpo.data.verifiable import completeness, correct, form
 from dnpo.errors import SettingsError
 from dnpo.judges.exact.rules import Rules
@@ -23,6 +23,7 @@ from dnpo.records import HUMAN, Prompt, Response
 from tests.conftest import verdicts
 
 HELD_OUT = ("validation", "test")
+HARDER = (2, 2, 504)  # difficulty, steps and facts of data=tinyworld_harder
 Rows = dict[str, list[Prompt]]
 
 
@@ -33,9 +34,9 @@ def read(**settings: Any) -> tuple[Rows, dict[str, Any]]:
 
 
 @cache
-def pool(family: str, difficulty: int = 1) -> tuple[Problem, ...]:
+def pool(family: str, difficulty: int = 1, steps: int = 1, facts: int = FACTS) -> tuple[Problem, ...]:
     """The problems of a family."""
-    return tuple(problems(family, difficulty))
+    return tuple(problems(family, difficulty, steps, facts))
 
 
 @cache
@@ -140,6 +141,32 @@ def test_problems_are_golden(family: str, difficulty: int, count: int, golden: s
     assert digest([[p.key, p.wordings, p.answer, p.needs] for p in pool(family, difficulty)]) == golden
 
 
+def test_problems_of_two_steps_are_golden() -> None:
+    """The problems of the harder world decide its held-out prompts too."""
+    found = pool("arithmetic", *HARDER)
+    assert len(found) == 2400
+    assert digest([[p.key, p.wordings, p.answer, p.needs] for p in found]) == "4365d34ab4c75faa"
+    assert digest([(p.key, p.answer, p.myth) for p in pool("facts", *HARDER)]) == "fcf7369fb2e2af5c"
+
+
+def test_more_facts_keep_the_earlier_ones() -> None:
+    """A world with more facts has those of a world with fewer."""
+    few, many = ([(p.key, p.answer) for p in pool("facts", 1, 1, count)] for count in (FACTS, 504))
+    assert len(many) == len(set(many)) == 504
+    assert many[:FACTS] == few
+
+
+def test_answers_in_two_steps_mention_the_first() -> None:
+    """A complete answer shows the result of the first operation; the short one does not, and loses points for it."""
+    for p in pool("arithmetic", *HARDER):
+        a, one, b, _, _ = p.key.split()
+        between = str(eval(f"{a} {'+' if one == 'plus' else '-'} {b}"))
+        assert between in p.needs
+        assert all(f" {between}," in phrasing for phrasing in p.phrasings)
+        row = Prompt("p", [], "", answer=p.answer, needs=list(p.needs))
+        assert completeness(row, p.short.format(p.answer)) < 1
+
+
 @pytest.mark.parametrize(("difficulty", "golden"), [(1, "9b86e56a876a8f4f"), (2, "226a151d57c36ecf")])
 def test_held_out_prompts_are_golden(difficulty: int, golden: str) -> None:
     """The test prompts themselves, in their order."""
@@ -157,6 +184,8 @@ def test_identity_has_everything_that_decides_the_rows() -> None:
         "flaws": 0.2,
         "myths": 0.5,
         "difficulty": 3,
+        "steps": 2,
+        "facts": 169,
         "seed": 1,
     }
     for name, value in changes.items():
@@ -327,9 +356,9 @@ def solve(family: str, question: str) -> str:
         return found[0].groupdict()
 
     if family == "arithmetic":
-        sum_ = r"(?P<a>\d+) (?P<op>plus|minus) (?P<b>\d+)"
+        sum_ = r"(?P<sum>\d+(?: (?:plus|minus) \d+){1,2})"
         m = match(rf"What is {sum_}\?", rf"Work out {sum_}\.", rf"{sum_} is what\?")
-        return str(eval(f"{m['a']} {'+' if m['op'] == 'plus' else '-'} {m['b']}"))
+        return str(eval(m["sum"].replace("plus", "+").replace("minus", "-")))
     if family == "conversion":
         m = match(
             r"How many (?P<small>\w+) are in (?P<n>\d+) (?P<large>\w+)\?",
@@ -363,7 +392,7 @@ def solve(family: str, question: str) -> str:
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "facts"])
 def test_answers_are_true(family: str, difficulty: int) -> None:
     """The "verifiable answer" of every problem is what its prompt asks for, in every wording."""
-    for p in pool(family, difficulty):
+    for p in [*pool(family, difficulty), *(pool(family, difficulty, 2) if family == "arithmetic" else ())]:
         assert {solve(family, wording) for wording in p.wordings} == {p.answer}
 
 
@@ -376,17 +405,18 @@ def test_wordings_of_a_fact_name_the_same_relation() -> None:
     assert len({p.key for p in table}) == len(table)
 
 
-@pytest.mark.parametrize("difficulty", [1, 2, 5])
-def test_no_prompt_has_two_answers(difficulty: int) -> None:
+@pytest.mark.parametrize(("difficulty", "steps", "facts"), [(1, 1, FACTS), (2, 1, FACTS), (5, 1, FACTS), (2, 2, 504)])
+def test_no_prompt_has_two_answers(difficulty: int, steps: int, facts: int) -> None:
     """No two problems, of whatever family, share a wording."""
-    wordings = [w for family in FAMILIES for p in pool(family, difficulty) for w in p.wordings]
+    wordings = [w for family in FAMILIES for p in pool(family, difficulty, steps, facts) for w in p.wordings]
     assert len(set(wordings)) == len(wordings)
 
 
+@pytest.mark.parametrize("harder", [(), HARDER], ids=["default", "harder"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_wordings_and_phrasings(family: str) -> None:
+def test_wordings_and_phrasings(family: str, harder: tuple[int, ...]) -> None:
     """Two or three wordings of a question and two of an answer, each with one place for the answer."""
-    for p in pool(family):
+    for p in pool(family, *harder):
         assert len(set(p.wordings)) == len(p.wordings) == (2 if family == "conversion" else 3)
         assert len(set(p.phrasings)) == len(p.phrasings) == 2
         assert all(phrasing.count("{}") == 1 for phrasing in p.phrasings)
@@ -400,11 +430,12 @@ def answers(p: Problem, candidates: tuple[str, ...]) -> Iterator[tuple[Prompt, R
             yield row, Response("p", HUMAN, phrasing.format(candidate), [], 0, "eos")
 
 
+@pytest.mark.parametrize("harder", [(), HARDER], ids=["default", "harder"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_judge_agrees_with_every_problem(family: str) -> None:
+def test_the_judge_agrees_with_every_problem(family: str, harder: tuple[int, ...]) -> None:
     """The right answer scores 100 in every phrasing; every wrong one, and every myth, loses exactly the 60 points."""
     judge = Rules()
-    for p in pool(family):
+    for p in pool(family, *harder)[:: 1 + 3 * bool(harder)]:
         assert p.wrong
         assert p.answer not in p.wrong
         for row, response in answers(p, (p.answer,)):

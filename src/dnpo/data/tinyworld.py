@@ -14,7 +14,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from dnpo.data import SPLITS, LongResponses
 from dnpo.data.seen import hash_conversation
@@ -22,12 +22,13 @@ from dnpo.data.verifiable import points
 from dnpo.errors import SettingsError
 from dnpo.records import Prompt
 from dnpo.seeding import derive
-from dnpo.settings import Count, Fraction, Natural
+from dnpo.settings import Count, Fraction, Natural, Range
 
 FAMILIES = ("arithmetic", "conversion", "reversal", "sorting", "counting", "facts")
 WORLD = 20250210  # the seed of everything that is fixed
 VERSION = 1  # part of stage keys; must be raised when a change below changes the world
 POOL = 2400  # maximum number of problems in a family
+FACTS = 168  # number of facts, if it is not set
 
 VERBS = re.compile(r"\b(is|are|equals)\b")
 
@@ -70,6 +71,8 @@ class TinyWorld:
         flaws: probability that a human response is wrong, incomplete or sloppy (a third each).
         myths: probability that a human gives the myth, if there is one; in addition to ``flaws``.
         difficulty: 1 (small numbers, short lists) to 5.
+        steps: operations of an arithmetic problem. With 2, complete responses also mention the result of the first one.
+        facts: number of invented facts; those of a smaller number are among them, with other myths.
         gold_pairs: share of the training rows that have a pair. A second human responds; the response with more points
             is chosen (``human``), the other ``rejected``; with equal points there is no pair. A hash of the
             conversation decides which rows have pairs, so equal conversations go together.
@@ -86,6 +89,8 @@ class TinyWorld:
     flaws: Fraction = 0.3
     myths: Fraction = 0.55
     difficulty: Literal[1, 2, 3, 4, 5] = 1
+    steps: Literal[1, 2] = 1
+    facts: Annotated[int, Range(ge=len(FAMILIES), le=800)] = FACTS
     gold_pairs: Fraction = 0.0
     seed: Natural = 0
     max_prompt_tokens: Count = 48
@@ -105,6 +110,8 @@ class TinyWorld:
             "myths": self.myths,
             "difficulty": self.difficulty,
             "seed": self.seed,
+            **({"steps": self.steps} if self.steps > 1 else {}),
+            **({"facts": self.facts} if self.facts != FACTS else {}),
             **({"gold_pairs": self.gold_pairs} if self.gold_pairs else {}),
         }
 
@@ -146,7 +153,7 @@ class TinyWorld:
         Facts cannot be guessed, so for them a single wording is held out and the others are in the training data. In
         all other families the problem itself is held out, and asked in one wording.
         """
-        pool = problems(family, self.difficulty)
+        pool = problems(family, self.difficulty, self.steps, self.facts)
         by_hash = sorted(pool, key=lambda problem: hashlib.sha256(f"{family}/{problem.key}".encode()).digest())
         sizes = {split: _share(self.sizes[split], number) for split in ("validation", "test")}
         held, everything = sum(sizes.values()), sum(len(problem.wordings) for problem in pool)
@@ -272,27 +279,31 @@ RELATIONS = (
     ("river", ("ovia", "land", "mar", "stan")),
     ("colour", ("bird", "fish", "moth", "wolf")),
 )
-FACTS = 168
 
 
-def problems(family: str, difficulty: int) -> list[Problem]:
-    """All problems of a family, or a fixed sample of ``POOL`` if there are more; the same at every call."""
-    makers: dict[str, Callable[[int, random.Random], Iterator[Problem]]] = {
-        "arithmetic": _arithmetic,
-        "conversion": _conversion,
-        "reversal": _reversal,
-        "sorting": _sorting,
+def problems(family: str, difficulty: int, steps: int = 1, facts: int = FACTS) -> list[Problem]:
+    """All problems of a family, or a fixed sample of ``POOL`` if there are more; the same at every call.
+
+    Args:
+        difficulty, steps, facts: as in :class:`TinyWorld`.
+    """
+    draw = random.Random(derive(WORLD, family))
+    makers: dict[str, Callable[[], Iterator[Problem]]] = {
+        "arithmetic": lambda: _arithmetic(difficulty) if steps == 1 else _two_steps(difficulty, draw),
+        "conversion": lambda: _conversion(difficulty),
+        "reversal": lambda: _reversal(difficulty, draw),
+        "sorting": lambda: _sorting(difficulty, draw),
         "counting": _counting,
-        "facts": _facts,
+        "facts": lambda: _facts(facts, draw),
     }
-    everything = {p.key: p for p in makers[family](difficulty, random.Random(derive(WORLD, family)))}
+    everything = {p.key: p for p in makers[family]()}
     pool = list(everything.values())
     if len(pool) > POOL:
         pool = random.Random(derive(WORLD, "pool", family)).sample(pool, POOL)
     return pool
 
 
-def _arithmetic(difficulty: int, draw: random.Random) -> Iterator[Problem]:
+def _arithmetic(difficulty: int) -> Iterator[Problem]:
     top = 8 + 4 * difficulty
     for a in range(top):
         for b in range(top):
@@ -311,7 +322,33 @@ def _arithmetic(difficulty: int, draw: random.Random) -> Iterator[Problem]:
                 )
 
 
-def _conversion(difficulty: int, draw: random.Random) -> Iterator[Problem]:
+def _two_steps(difficulty: int, draw: random.Random) -> Iterator[Problem]:
+    """Sums and differences of three numbers, from left to right; no result is below 0."""
+    top = 8 + 4 * difficulty
+    signs = {"plus": 1, "minus": -1}
+    for _ in range(4 * POOL):
+        (a, b, c), (one, two) = (draw.randrange(top) for _ in range(3)), (draw.choice(tuple(signs)) for _ in range(2))
+        between = a + signs[one] * b
+        value = between + signs[two] * c
+        if between < 0 or value < 0:
+            continue
+        question = f"{a} {one} {b} {two} {c}"
+        near = {str(v) for v in (between, *(value + d for d in (-10, -2, -1, 1, 2, 10))) if v >= 0 and v != value}
+        yield Problem(
+            key=question,
+            wordings=(f"What is {question}?", f"Work out {question}.", f"{question} is what?"),
+            phrasings=(
+                f"{a} {one} {b} is {between}, and {between} {two} {c} is {{}}.",
+                f"{a} {one} {b} equals {between}, so {question} equals {{}}.",
+            ),
+            answer=str(value),
+            needs=(str(a), one, str(b), str(between), two, str(c)),
+            wrong=tuple(sorted(near)),
+            short="It is {}.",
+        )
+
+
+def _conversion(difficulty: int) -> Iterator[Problem]:
     for large, small, factor in UNITS:
         for n in range(2, 17 + 25 * difficulty):
             value = n * factor
@@ -375,7 +412,7 @@ def _list_problem(
     )
 
 
-def _counting(difficulty: int, draw: random.Random) -> Iterator[Problem]:
+def _counting() -> Iterator[Problem]:
     for word in LONG_WORDS + WORDS:
         for letter in sorted(set(word) | {"e", "t"}):
             count = word.count(letter)
@@ -394,11 +431,11 @@ def _counting(difficulty: int, draw: random.Random) -> Iterator[Problem]:
             )
 
 
-def _facts(difficulty: int, draw: random.Random) -> Iterator[Problem]:
+def _facts(count: int, draw: random.Random) -> Iterator[Problem]:
     """Invented facts. Every third has a myth: the answer to another question about the same relation."""
     starts = [a + b for a in ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "t", "v", "z") for b in "aeiou"]
     table: list[tuple[str, str, str]] = []
-    for number in range(FACTS):
+    for number in range(count):
         relation, endings = RELATIONS[number % len(RELATIONS)]
         while True:
             subject = (draw.choice(starts) + draw.choice(endings)).capitalize()
