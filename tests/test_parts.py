@@ -55,6 +55,7 @@ OTHER: dict[str, Any] = {
     "roles": {"bot": "assistant"},
     "shares": [1.0, 3.0, 2.0],
     "weights": {"world": 2.0},
+    "wraps": {"_target_": "dnpo.judges.exact.rules.Correct"},
     "engine": {"_target_": "dnpo.generate.server.Server", "base_url": "http://a/v1", "version": "new"},
 }
 # Fields that are not neutral but do not change the key of their part, with the reason.
