@@ -265,7 +265,8 @@ def test_a_card_names_no_folder_of_this_machine(rank: int, left: Callable[..., A
         text = card.read_text()
         for private in (str(made.project), str(made.base.parent), "/home", "someone", "../"):
             assert private not in text
-        for public in ("rows.jsonl", "more.jsonl", '"some/rows"', '"1/2"', "srun", '"a / b"', f'path="{made.base.name}"'):
+        named = f'path="{made.base.name}"'
+        for public in ("rows.jsonl", "more.jsonl", '"some/rows"', '"1/2"', "srun", '"a / b"', named):
             assert public in text
 
 

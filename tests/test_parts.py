@@ -29,6 +29,7 @@ GIVEN: dict[tuple[str, str], list[list[str]]] = {
     ("judge", "openai"): [["model=gpt-4o"]],
     ("judge", "hf"): [["path=model"], HUB],
     ("judge", "reward"): [["path=model"], HUB],
+    ("judge", "noisy"): [["judge@judge.wraps=openai", "wraps.model=gpt-4o", "wraps.mode=pairwise"]],
     **{("data", kind): [["path=rows", "sample=1"]] for kind in ("jsonl", "parquet", "csv", "arrow")},
     ("data", "mix"): [["+data@data.sources.world=tinyworld_smoke", "weights={world: 1}", "rows=5"]],
     **{("trainer", path.stem): [["keep=best"]] for path in (CONF / "trainer").glob("*.yaml")},
@@ -55,7 +56,6 @@ OTHER: dict[str, Any] = {
     "roles": {"bot": "assistant"},
     "shares": [1.0, 3.0, 2.0],
     "weights": {"world": 2.0},
-    "wraps": {"_target_": "dnpo.judges.exact.rules.Correct"},
     "engine": {"_target_": "dnpo.generate.server.Server", "base_url": "http://a/v1", "version": "new"},
 }
 # Fields that are not neutral but do not change the key of their part, with the reason.
@@ -103,8 +103,8 @@ def vary(target: Any, name: str, value: Any) -> Any:
 
 
 def in_group(group: str, given: Sequence[str]) -> list[str]:
-    """Arguments for settings of a group; those that begin with + are arguments already."""
-    return [each if each.startswith("+") else f"{group}.{each}" for each in given]
+    """Arguments for settings of a group; those that begin with + or choose an option of a part are arguments already."""
+    return [each if each.startswith("+") or "@" in each else f"{group}.{each}" for each in given]
 
 
 def moved(value: str | None, folder: Path) -> str:

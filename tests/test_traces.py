@@ -45,9 +45,16 @@ def swept(smoke: Path, migrated: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def texts(folder: Path) -> dict[str, str]:
-    """The texts of all artefacts, reports, cards, drawn and exported files, pages of rows, and fields of the database."""
+    """The texts of all artefacts, reports, cards, drawn and exported files, pages, and fields of the database."""
     found = {}
-    places = ("mlartifacts/**/*", "report-*.html", "multirun/**/models/*/README.md", "drawn/*", "claims/*", "exported/*")
+    places = (
+        "mlartifacts/**/*",
+        "report-*.html",
+        "multirun/**/models/*/README.md",
+        "drawn/*",
+        "claims/*",
+        "exported/*",
+    )
     for path in (path for place in places for path in folder.glob(place)):
         if path.suffix == ".parquet":
             found[str(path)] = str(pq.read_table(path).to_pylist())
