@@ -103,7 +103,7 @@ def vary(target: Any, name: str, value: Any) -> Any:
 
 
 def in_group(group: str, given: Sequence[str]) -> list[str]:
-    """Arguments for settings of a group; those that begin with + or choose an option of a part are arguments already."""
+    """Arguments for settings of a group; those that begin with + or choose a part are arguments already."""
     return [each if each.startswith("+") or "@" in each else f"{group}.{each}" for each in given]
 
 
