@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 
 from dnpo import catalogue, palette
 from dnpo.commands.report import main
@@ -23,6 +24,7 @@ from dnpo.errors import DataError
 from dnpo.escape import HIDDEN
 from dnpo.report.comparison import MEASURES, Items, compare
 from dnpo.report.content import content
+from dnpo.report.drawing import draw_response
 from dnpo.report.groups import group_runs
 from dnpo.report.markdown import render
 from dnpo.report.page import html, make_visible, number, strip_secrets
@@ -429,6 +431,38 @@ def test_the_response_to_a_setting_is_a_curve_for_each_of_the_other_settings(lab
     assert any(
         v.startswith("Judge's score of sampled answers over npo.alpha") for _, n, v in page.attributes if n == "alt"
     )
+
+
+def test_numbers_of_a_search_are_shortened_where_they_remain_different(lab: Lab) -> None:
+    search(lab, [{"npo.alpha": alpha} for alpha in (0.15676677195506075, 0.0341795291206, 0.5)])
+    labels = [group.label for group in group_runs(Database(lab.uri).runs(sweeps=["search"])).groups]
+    assert labels == ["npo.alpha=0.1568", "npo.alpha=0.03418", "npo.alpha=0.5"]
+    found = find_lines(lab)["npo.alpha"]
+    assert [x for points in found.values() for x, _ in points] == [0.0341795291206, 0.15676677195506075, 0.5]
+
+
+@pytest.mark.parametrize("alphas", [(0.0342, 0.0563, 0.1512, 0.1568), (0.001, 0.01, 0.1, 1.0)])
+def test_ticks_of_a_response_do_not_overlap(lab: Lab, alphas: Sequence[float]) -> None:
+    search(lab, [{"npo.alpha": alpha, "sft.lr": (1 + n) * 1e-4} for n, alpha in enumerate(alphas)])
+    groups = group_runs(Database(lab.uri).runs(sweeps=["search"]))
+    for response in find_responses(groups, MEASURES[0], Items()):
+        figure = Figure(figsize=(2.4, 2.7), layout="constrained")
+        axis = figure.subplots()
+        draw_response(axis, response)
+        figure.draw_without_rendering()
+        left, right = axis.get_xlim()
+        shown = [
+            label for at, label in zip(axis.get_xticks(), axis.get_xticklabels(), strict=True) if left <= at <= right
+        ]
+        ends = [label.get_window_extent() for label in shown if label.get_text()]
+        assert len(ends) > 1
+        assert all(before.x1 < after.x0 for before, after in itertools.pairwise(ends))
+
+
+def test_numbers_that_are_almost_equal_are_shown_whole(lab: Lab) -> None:
+    search(lab, [{"npo.alpha": alpha} for alpha in (0.15676677195, 0.15676677196)])
+    labels = [group.label for group in group_runs(Database(lab.uri).runs(sweeps=["search"])).groups]
+    assert labels == ["npo.alpha=0.15676677195", "npo.alpha=0.15676677196"]
 
 
 def test_a_random_search_is_shown_as_points_for_each_setting(lab: Lab) -> None:

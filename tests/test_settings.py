@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from dnpo.commands.train import run_name
+from dnpo.commands.train import job_name, run_name
 from dnpo.errors import SettingsError
 from dnpo.optimise.parts import PairOptimisation
 from dnpo.settings import (
@@ -411,6 +411,12 @@ def test_a_run_is_named_after_its_command() -> None:
     assert run_name(given) == "method=npo +sweep=main data.path=rows.jsonl"
     assert run_name(["npo.alpha=.5", "model.name=a/b"]) == "npo.alpha=.5 model.name=a/b"
     assert run_name(["tracking=off"]) == "defaults"
+
+
+def test_a_job_of_a_search_has_a_short_name(tmp_path: Path) -> None:
+    given = ["npo.alpha=0.15676677195506075", "trainer.optimizer.lr=0.00016051911333587616", "+sweep=optuna"]
+    assert job_name(tmp_path, given) == "alpha=0.1568 lr=0.0001605"
+    assert job_name(tmp_path, ["npo.alpha=0.25", "data.path=rows-of-26.jsonl"]) == "alpha=0.25 path=rows-of-26.jsonl"
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,21 @@
 """Words that depend on a number."""
 
+LONG = 8  # letters of a number that are shown
+
 
 def plural(number: int, noun: str) -> str:
     """Return a number with its noun, such as ``1 run`` or ``2,400 runs``; the plural adds an s."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def short_number(text: str) -> str:
+    """Return a number of many digits, such as one that a search has drawn, with four of them; other texts unchanged."""
+    if len(text) <= LONG:
+        return text
+    try:
+        return f"{float(text):.4g}"
+    except ValueError:
+        return text
 
 
 def duration(seconds: float | None) -> str:

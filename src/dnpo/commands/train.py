@@ -25,6 +25,7 @@ from dnpo.escape import say
 from dnpo.settings import Natural, check_values, flat, named_within, neutral_names, require, with_contents
 from dnpo.settings import build as build_part
 from dnpo.settings import check as check_part
+from dnpo.wording import short_number
 
 if TYPE_CHECKING:
     from dnpo.running.best import KeptPolicy
@@ -230,11 +231,13 @@ def job_name(sweep: Path, overrides: Sequence[str]) -> str:
     """Name a job of a sweep by its own settings, to fit the columns of MLflow's pages: ``alpha=0.1 seed=2``."""
     from dnpo.running.sweep import find_varying
 
-    words = [word.partition("=") for word in _words(find_varying(sweep, overrides))]
+    own = [each for each in find_varying(sweep, overrides) if not each.startswith("+sweep=")]
+    words = [word.partition("=") for word in _words(own)]
     lasts = [setting.rpartition(".")[2] for setting, _, _ in words]
     short = [last if lasts.count(last) == 1 else word[0] for last, word in zip(lasts, words, strict=True)]
     return (
-        " ".join(f"{name}{equals}{value}" for name, (_, equals, value) in zip(short, words, strict=True)) or "defaults"
+        " ".join(f"{name}{equals}{short_number(value)}" for name, (_, equals, value) in zip(short, words, strict=True))
+        or "defaults"
     )
 
 

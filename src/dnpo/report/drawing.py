@@ -212,7 +212,7 @@ def draw_response(axis: Axes, response: Response) -> None:
     numbers = sorted({number for points in response.lines.values() for number, _ in points})
     if numbers[0] > 0 and numbers[-1] >= 10 * numbers[0]:
         axis.set_xscale("log")
-    if len(numbers) <= MOST_TICKS:
+    if response.joined and len(numbers) <= MOST_TICKS:  # those of a search lie anywhere, too close to be marked
         axis.set_xticks(numbers, [f"{number:g}" for number in numbers], minor=False)
         axis.set_xticks([], minor=True)
     if len(response.lines) > 1:

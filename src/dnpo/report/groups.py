@@ -9,7 +9,7 @@ from dnpo.errors import DataError
 from dnpo.settings import CONTENTS
 from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import SFT, TrackedRun
-from dnpo.wording import plural
+from dnpo.wording import plural, short_number
 
 # The options that distinguish runs are sought in this order.
 FIRST = ("dnpo.sweep/regime", "dnpo.method", "dnpo.dsl", "dnpo.npo", "dnpo.data", "dnpo.model", "dnpo.judge")
@@ -136,7 +136,7 @@ def group_runs(runs: Sequence[TrackedRun]) -> Groups:
     for run in finished:
         buckets.setdefault(tuple(_value(run, name) for name in names), []).append(run)
     groups, repeated = [], 0
-    for values, members in buckets.items():
+    for values, members in zip(_shorten(list(buckets)), buckets.values(), strict=True):
         newest = {(run.seed, run.params.get("iterations") if branching else ""): run for run in members}
         repeated += len(members) - len(newest)
         chosen = sorted(newest.values(), key=lambda run: (run.seed, run.started))
@@ -203,6 +203,15 @@ def _parts(runs: Iterable[TrackedRun], names: Sequence[str]) -> int:
 
 def _short(name: str) -> str:
     return name.removeprefix("dnpo.")
+
+
+def _shorten(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Shorten the numbers of every setting that remain different, such as those of a search."""
+    columns = []
+    for column in zip(*rows, strict=True):
+        short = tuple(map(short_number, column))
+        columns.append(short if len(set(short)) == len(set(column)) else column)
+    return list(zip(*columns, strict=True)) if columns else list(rows)
 
 
 def _label(names: Sequence[str], values: Sequence[str]) -> str:
