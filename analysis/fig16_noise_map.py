@@ -126,11 +126,12 @@ def _draw(
         at = epochs.index(row["epochs"]), betas.index(row["beta"])
         grid[at] = row["mean"]
         low, high = row["low"], row["high"]
-        between = "" if low is None else f"\n{low:+.1f} to {high:+.1f}"
+        between = "" if low is None else f"\n{low:+z.1f} to {high:+z.1f}"
         star = "*" if row["p_holm"] <= ALPHA else ""
         weight = "" if row["saturation"] is None else f"\nσ {row['saturation']:.2f}"
-        text = f"{row['mean']:+.1f}{star}{between}{weight}".replace("-", "−")
-        ink = PAPER if abs(row["mean"]) > 0.5 * most else INK
+        text = f"{row['mean']:+z.1f}{star}{between}{weight}".replace("-", "−")
+        dark = row["mean"] > 0.5 * most or row["mean"] < -0.75 * most  # the colours of the two sides differ in depth
+        ink = PAPER if dark else INK
         axis.text(at[1], at[0], text, ha="center", va="center", fontsize=SMALL, color=ink, linespacing=1.1)
         if row["negligible"]:
             corner = at[1] - 0.46, at[0] - 0.46
