@@ -95,6 +95,7 @@ def test_the_required_sweeps_exist() -> None:
         "sapo",
         "saturation",
         "seeds",
+        "small",
     ]
 
 
@@ -114,6 +115,7 @@ def test_the_required_sweeps_exist() -> None:
         ("sapo", 2 * 2 * 5),
         ("saturation", 3 * 4 * 5),
         ("seeds", 10),
+        ("small", 2 * 3 * 3),
     ],
 )
 def test_a_sweep_has_as_many_jobs_as_it_says(name: str, count: int) -> None:
