@@ -178,7 +178,10 @@ def test_a_copy_is_kept_in_the_given_folder(run: Any, server: Hub, tmp_path: Pat
 
 
 def test_arguments(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, message in (([], "--to, or --push"), (["to=x", "public=true"], "public=true needs push=REPO")):
+    for arguments, message in (
+        ([], "to=FOLDER or push=REPO is needed"),
+        (["to=x", "public=true"], "public=true needs push=REPO"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             main([str(run.run), *arguments])
         assert stopped.value.code == 2
