@@ -150,6 +150,18 @@ def test_without_results_by_prompt_there_is_no_interval() -> None:
     ]
 
 
+def test_each_measure_has_one_sentence() -> None:
+    """The held-out loss has an interval if its results by prompt are there, and is told without one otherwise."""
+    rows = [{"iteration": "SFT", "eval/loss": 1.0}, {"iteration": 0, "eval/loss": 2.0}]
+    first = {str(n): 1.0 + 0.01 * n for n in range(9)}
+    for last in ({key: value + 1 + value / 9 for key, value in first.items()}, first, {}):
+        told = [
+            text for text in sentences(rows, {"eval/loss": [first, last]}, None) if text.startswith("Held-out loss")
+        ]
+        assert len(told) == 1
+        assert ("interval" in told[0]) is (len(last) > 0 and last != first)
+
+
 def test_stages_are_numbered_and_the_remaining_time_is_forecast(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ MEASURED = {
     "eval/loss": ("human", "logprob"),
 }
 BARE = ("eval/loss",)  # in the narrow table without its interval, for which there is no room
-LOSS = "eval/loss"  # has no results by prompt, so no interval
+LOSS = "eval/loss"  # evaluations of earlier versions have no results of it by prompt, so no interval
 
 
 def show_briefly(
@@ -82,18 +82,20 @@ def sentences(
         by: the metric whose best row is marked; None if no row is.
     """
     said = []
-    over = ""
+    over, measured = "", set()
     for name, by_policy in results.items():
         column, first, last = metric(name), rows[0].get(name), rows[-1].get(name)
         found = change(dict(by_policy[-1]), dict(by_policy[0])) if len(rows) > 1 else None
         if first is None or last is None or found is None:
             continue
         if found.difference == Estimate(0.0):  # nothing varies
+            measured.add(name)
             said.append(f"{column.title}: {column.format(last)} {column.unit}, the same on every prompt.")
             over = f"over {found.items} held-out prompts"
             continue
         if found.difference.low is None or found.difference.high is None:
             continue
+        measured.add(name)
         low, high = (column.format(end, signed=True) for end in (found.difference.low, found.difference.high))
         ends = f"{column.format(first)} → {column.format(last)}"
         up, down = ("worse", "better") if column.better == "lower" else ("better", "worse")
@@ -102,7 +104,7 @@ def sentences(
         said.append(f"{column.title}: {ends} {column.unit}, {verdict} ({gained}; 95 % interval {low} to {high}).")
         over = f"over {found.items} held-out prompts"
     column, first, last = metric(LOSS), rows[0].get(LOSS), rows[-1].get(LOSS)
-    if len(rows) > 1 and first is not None and last is not None:
+    if LOSS not in measured and len(rows) > 1 and first is not None and last is not None:
         ends, gained = f"{column.format(first)} → {column.format(last)}", column.format(last - first, signed=True)
         said.append(f"{column.title}: {ends} {column.unit} ({gained}).")
     if over:
