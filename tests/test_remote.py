@@ -333,7 +333,7 @@ def test_a_remote_store_that_becomes_unreachable_gives_one_warning(
     assert f"not published: sft/{stages[1].key}, generate/{stages[2].key}" in end
     assert SECRET not in warning + end
     assert Failing.asked <= 4, "nothing more is asked of it"
-    command = re.search(r"python -m dnpo\.store (publish .*)$", end)
+    command = re.search(r"dnpo store (publish .*)$", end)
     assert command is not None
     arguments = command[1].replace(address, behind_http).split()
     published = run_command(tmp_path, "dnpo.commands.store", *arguments)

@@ -204,7 +204,7 @@ def test_a_reward_that_is_nan_is_refused(world: World, tmp_path: Path) -> None:
 
 def test_models_that_are_not_reward_models_are_refused(world: World, tmp_path: Path) -> None:
     causal = Reward(path=str(llama(world, tmp_path / "causal", LlamaForCausalLM)), device="cpu")
-    with pytest.raises(ModelError, match=r"missing.*\(score\.weight\).*Without a trained output.*reward fit "):
+    with pytest.raises(ModelError, match=r"missing.*\(score\.weight\).*Without a trained output.*judge fit "):
         verdicts(causal, *rows())
     two = Reward(path=str(bert(tmp_path / "two", num_labels=2)), device="cpu")
     with pytest.raises(ModelError, match="2 outputs; expected one"):

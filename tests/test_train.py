@@ -354,7 +354,7 @@ def test_a_sweep_shares_stages_nests_its_runs_and_reports_failures(tiny: Path, m
     assert done.returncode == 1
     assert "npo.alpha=-1: " in done.stderr
     assert done.stderr.count("failed") == 2
-    assert re.search(r"npo.alpha=0.01 +2 +\d", done.stdout)
+    assert re.search(r"npo.alpha=0.01( +\d+\.\d ± \d+\.\d){3}", done.stdout)
     optimised = list((tmp_path / "store" / "optimise").iterdir())
     shared = ("sft", "generate", "judge", "pairs", "reference")
     counts = {name: len(list((tmp_path / "store" / name).iterdir())) for name in shared}
