@@ -86,15 +86,16 @@ class Judge(ABC):
 
     @property
     def in_shards(self) -> bool:
-        """Whether it may be called for some thousand prompts at a time, with all responses to them.
+        """Whether it is called for a few thousand prompts at a time, with all responses to them.
 
-        A judge that keeps its replies in the ledger loses none of them, so it is called once for all prompts.
+        Then an interruption loses little. A judge whose replies are kept in the ledger loses nothing anyway, so it is
+        called once for all prompts.
         """
         return True
 
     @property
     def spends_freely(self) -> bool:
-        """Whether its replies cost money, without a limit."""
+        """Whether its replies cost money and no limit is set."""
         return False
 
     @property
@@ -145,7 +146,7 @@ class Judge(ABC):
         """Estimate the calls and the cost of these verdicts.
 
         Args:
-            seen: keys of questions that do not count; the new keys are added.
+            seen: keys of questions that are already counted; the new keys are added.
         """
         return Forecast()
 
@@ -213,10 +214,10 @@ def make_verdict(
 
 
 def _match(verdicts: Sequence[Verdict], responses: Sequence[Response]) -> list[Verdict]:
-    """Check that verdicts are in the order of the responses, and copy the numbers of their samples.
+    """Check that verdicts are in the order of the responses, and give them the sample numbers of the responses.
 
     Raises:
-        JudgeError: they are not.
+        JudgeError: they are not in this order.
     """
     if [(v.id, v.source) for v in verdicts] != [(r.id, r.source) for r in responses]:
         raise JudgeError("judge: it did not return one verdict for each response, in their order")

@@ -24,7 +24,7 @@ from dnpo.store import Report
 if TYPE_CHECKING:
     from dnpo.policy.model import Policy
 
-FEWEST = 4800  # a tiny model learned to judge from this many questions; it memorised 160 questions
+FEWEST = 4800  # a tiny model learned to judge from this many questions; 160 questions it only memorised
 
 
 class Gold(NamedTuple):

@@ -18,9 +18,9 @@ class Ensemble(Judge):
     """Asks every member about every response.
 
     ``mean``: the mean of the members' scores. ``majority``: every member votes on whether a response is better than the
-    human one to the same prompt. Its score is 100 × its share of votes; a tie is half a vote. So above 50 points the
-    majority prefers it; the human response has 50. A response that any member could not judge has no score. The
-    disagreement is the standard deviation of the members' scores, or of their votes × 100.
+    human one to the same prompt. The response's score is 100 × its share of votes; a tie is half a vote. So above 50
+    points the majority prefers it; the human response has 50. A response that any member could not judge has no score.
+    The disagreement is the standard deviation of the members' scores, or of their votes × 100.
 
     Args:
         members: judges, by any names.
@@ -115,7 +115,7 @@ class Ensemble(Judge):
 
     @staticmethod
     def _missing_human(prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Response]:
-        """The human responses that votes need, if the labeller does not admit them."""
+        """The human responses that votes need and that are not among the responses to judge."""
         there = {response.id for response in responses if response.source == HUMAN}
         needed = {response.id for response in responses} - there
         needed = {id_ for id_ in needed if id_.rsplit("#", 1)[0] not in there}

@@ -1,7 +1,8 @@
-"""A judge with known faults: wrong at a rate, with a taste for length or for a position, and undecided.
+"""A judge with known faults: errors at a set rate, a taste for length or for a position, and ties.
 
-The dials are made for experiments: how good must a judge be, and which of its faults do harm? Draws depend only on the
-seed and on the texts of prompt and responses, so a verdict does not depend on order, batch, or on who asks.
+It is made for experiments: how good must a judge be, and which of its faults do harm? Draws depend only on the seed and
+on the texts of prompt and responses, so a verdict depends neither on the order or batch of the questions nor on who
+asks.
 """
 
 import json
@@ -21,33 +22,33 @@ from dnpo.settings import Fraction, Natural, Positive, Range, neutral
 from dnpo.store import Report
 
 EVEN = 50.0  # points of a tie, and of the human response in a comparison
-EDGE = 1.0  # points at each end of the scale that belong to wrong scores
+EDGE = 1.0  # points at each end of the scale that are reserved for replaced scores
 
 
 @dataclass(frozen=True)
 class Noisy(Judge):
-    """Adds faults to the verdicts of another judge. With all dials at 0 they are unchanged.
+    """Adds faults to the verdicts of another judge. With all dials (the settings of faults) at 0 they are unchanged.
 
-    The outcome of a comparison, which is of two responses with different scores, is the first that applies:
+    A comparison is of two responses with different scores. Its outcome is the first of these that applies:
 
     1. with probability ``ties``: a tie, both responses have 50 points;
-    2. with probability ``position``: decided by the order, that is the first response wins in both orders. Their mean
-       is a tie, with a disagreement of 100 points;
+    2. with probability ``position``: decided by the position, so that the first response wins in both orders. The mean
+       of the orders is a tie, with a disagreement of 100 points;
     3. with probability ``error``: the wrong one;
     4. otherwise the order of the scores, to which the taste for length has been added.
 
-    A judge that scores single responses has no pairs to turn around. Instead, a response's score is replaced with
+    A judge that scores single responses has no comparisons to reverse. Instead, a response's score is replaced with
     probability q = 1 − √(1 − 2·error) by one below or above all others, each in half of the cases. A comparison in
     which any score is replaced is wrong in half of the cases, hence with probability (1 − (1 − q)²) / 2 = ``error``,
     whatever the scores are. Scores that are not replaced are mapped to 1 to 99. Equal scores get an order in which each
-    response is the better one with probability ``error``. A tie is drawn for a prompt, so that it holds for all its
-    responses.
+    response is the better one with probability ``error``. A tie is drawn for a prompt and holds for all responses
+    to it.
 
     Args:
         wraps: the judge.
         error: probability that a comparison is wrong, up to ½, which is chance.
-        length: weight of the response's length in its score: 0 is the judge, 1 is ``judge=longer``.
-        position: probability that a comparison is decided by the order; needs a judge that compares two responses.
+        length: weight of the response's length in its score; 0: the judge alone, 1: ``judge=longer``.
+        position: probability that the position decides a comparison; needs a judge that compares two responses.
         ties: probability that a comparison is a tie.
         half: characters of a response that has 50 points for its length.
         seed: seed of all draws.
@@ -158,12 +159,12 @@ class Noisy(Judge):
         replaced, draw = 1 - math.sqrt(1 - 2 * self.error), self._draw("error", prompt, text)
         if draw >= replaced:
             return EDGE + (100 - 2 * EDGE) * score / 100
-        place = 2 * draw / replaced  # even over 0 to 2, so that replaced scores are in random order too
+        place = 2 * draw / replaced  # uniform from 0 to 2, so that the order of replaced scores is random too
         return EDGE * place if place < 1 else 100 - EDGE * (2 - place)
 
     def _change_comparison(self, prompt: Prompt, text: str, human: str, verdict: Verdict, score: float) -> Verdict:
         """The verdict on a response in comparison with the human one, which has 50 points."""
-        both = sorted((text, human))  # the same draws whoever wrote them
+        both = sorted((text, human))  # so that the draws do not depend on who wrote which
         if self._draw("tie", prompt, *both) < self.ties:
             return replace(verdict, score=EVEN, disagreement=None if verdict.disagreement is None else 0.0)
         if self._draw("position", prompt, *both) < self.position:

@@ -1,1 +1,1 @@
-"""Code of methods that need more than the parts: one small file for each method. No other code imports it."""
+"""Code of methods that cannot be composed of the shared parts alone. No other code imports it."""

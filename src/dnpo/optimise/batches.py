@@ -1,4 +1,4 @@
-"""Micro-batches: one of sequences, and one of pairs with the numbers of their reference.
+"""Two kinds of micro-batches: of sequences, and of pairs with the reference's log-probabilities.
 
 Shapes as in ``objective.py`` and ``logprobs.py``: B pairs, N completion tokens, H hidden size.
 """
@@ -78,7 +78,7 @@ class Scored:
         number: its number among all pairs of the training.
         reference: the reference's log-probabilities; None if the objective reads none, or if they are computed in the
             training step.
-        made: the policy step that followed when it was made; 0 for pairs made before training.
+        made: the policy step before which the policy responded; 0 for pairs made before training.
     """
 
     number: int
@@ -119,7 +119,7 @@ class PairBatch(Batch):
     Attributes:
         reference: the reference's log-probabilities; 0 if the objective reads none.
         expected: the policy's log-probabilities before the first update; None in later steps.
-        facts: strengths, weights, shifts and lengths of the pairs; ``share`` is the batch's share of all weights.
+        facts: strengths, weights, shifts and lengths of the pairs. ``share`` is their share of the weights in the step.
         rejected: prompts with rejected responses only, if the noise reads hidden states.
         hidden_NH: the reference's hidden states of these, if they have been kept.
         seeds: seeds of the noise, one for each pair.
@@ -127,7 +127,7 @@ class PairBatch(Batch):
         numbers: the numbers of its pairs among all pairs.
         states_NH: the reference's hidden states of all its completion tokens, if the objective reads them and they have
             been kept.
-        notes: further metrics of the policy step, known with its rows.
+        notes: further metrics of the policy step, which are known as soon as its rows are.
     """
 
     reference: PairLogps
@@ -146,7 +146,8 @@ class Collate:
     """Makes micro-batches of pairs.
 
     Attributes:
-        notes: further metrics of the present policy step, known with its rows.
+        notes: returns further metrics of the present policy step, which are known as soon as its rows are; None if
+            rows are made before training.
 
     Args:
         reads: what the training reads.

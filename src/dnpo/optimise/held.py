@@ -1,7 +1,7 @@
 """Hold pairs out of a training, keep the weights with the lowest loss on them, and end training early.
 
-Which pairs are held out depends on their ids alone. A checkpoint has the step of the best weights, whose file stays
-until a checkpoint names another, so a killed training continues to the same weights.
+Which pairs are held out depends on their ids alone. A checkpoint names the step of the best weights. Their file stays
+until a checkpoint names another step, so a training that continues after a kill ends with the same weights.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ def divide(pairs: Sequence[Pair], used: Sequence[int], how: PairOptimisation) ->
     """Divide the pairs of a training into those to train on and those held out; all pairs of a prompt stay together.
 
     Args:
-        used: the numbers of the pairs with a weight.
+        used: the numbers of the pairs whose weight is not 0.
 
     Raises:
         SettingsError: one of the two parts has no pairs.
@@ -49,7 +49,7 @@ def divide(pairs: Sequence[Pair], used: Sequence[int], how: PairOptimisation) ->
 
 
 def _place(id: str) -> float:
-    """A number from 0 to 1 that depends only on an id; splits of data depend on another one."""
+    """A number from 0 to 1 that depends only on an id, and not on the number by which data are split."""
     return int.from_bytes(hashlib.sha256(f"held/{id}".encode()).digest()[:8]) / 2**64
 
 
@@ -74,7 +74,7 @@ class HeldOut:
 
     @property
     def over(self) -> bool:
-        """Whether training ends."""
+        """Whether training should end."""
         return 0 < self.how.patience <= self.misses
 
     def look(self, step: int, total: int, module: nn.Module) -> dict[str, float]:

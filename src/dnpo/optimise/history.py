@@ -22,7 +22,7 @@ class History:
 
     def __init__(self, path: Path) -> None:
         self.path, self.checksum = path, 0
-        self._steps = 0  # in the file
+        self._steps = 0  # number of steps in the file
 
     def save(self, rows: Sequence[dict[str, float]]) -> None:
         """Append the rows that the file lacks, and wait until they are on the disk."""

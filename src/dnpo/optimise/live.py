@@ -51,7 +51,7 @@ class Source(Protocol[Made]):
 
         Args:
             first: the number of its first row among all rows.
-            step: the policy step that followed when the policy responded.
+            step: the policy step before which the policy responded.
         """
 
     def check(self, rollouts: int) -> None:
@@ -93,8 +93,8 @@ class _UsedUp(Exception):
 class LiveSteps(Steps[Row, Some]):
     """The policy steps of a training whose rows are made during it.
 
-    If a rollout has no rows, the next one is made at once. The number of rollouts is the number that is due if all have
-    rows. When all are made and the buffer has no older rows, the training ends before its last policy step.
+    If a rollout has no rows, the next one is made at once. The number of rollouts is fixed: as many as are due if all
+    have rows. When all are made and the buffer has no older rows, the training ends before its last policy step.
 
     Args:
         source: makes the rows.
@@ -103,7 +103,7 @@ class LiveSteps(Steps[Row, Some]):
         epochs: passes over the prompts.
         steps: number of policy steps, over as many passes as needed; 0: by epochs.
         order: returns the rows of every policy step, given the number of rows; used if there is a single rollout.
-        seed: seed of the draws.
+        seed: seed of the draws from the buffer.
         report: receives the state of the rollouts.
         micro_batch_size, collate: as in :class:`~dnpo.optimise.steps.Steps`.
     """
@@ -125,9 +125,9 @@ class LiveSteps(Steps[Row, Some]):
         super().__init__(micro_batch_size, collate)
         self.source, self.clock, self.batch_size, self.seed, self.report = source, clock, batch_size, seed, report
         self.buffer: dict[int, Row] = {}
-        self.draws: list[int] = []  # the draws of every row so far, even if it has left the buffer
-        self.rollouts: list[tuple[int, int]] = []  # its first row's number, and the policy step that followed
-        self.asked: list[int] = []  # for each rollout, the policy step that followed when the policy responded
+        self.draws: list[int] = []  # how often each row has been drawn, also if it has left the buffer
+        self.rollouts: list[tuple[int, int]] = []  # for each, its first row's number, and the step in ``asked``
+        self.asked: list[int] = []  # for each rollout, the policy step before which the policy responded
         self.measured: dict[str, float] = {}
         self.drawn, self.numbers = -1, tuple[int, ...]()  # the present step, and the numbers of its rows
         if clock.every:

@@ -114,7 +114,7 @@ def logistic(
 
     Args:
         smoothing: ε, the probability that a label counts as its opposite: p′ = (1 − ε) p + ε (1 − p).
-        xi_min: below this, the loss of a pair with a shift is replaced by its tangent, see :func:`shifted`.
+        xi_min: where σ(m) − shift is below this, the loss of a pair with a shift is a tangent, see :func:`shifted`.
     """
     margin_B = beta * log_ratio_gap(policy, reference)
     if facts is None:
@@ -195,7 +195,7 @@ def drift(policy_mean_BH: Tensor, reference_mean_BH: Tensor, variance_H: Tensor)
         policy_mean_BH: means over the tokens of each response.
         reference_mean_BH: the reference's means.
         variance_H: the variance of each channel over the reference's tokens; if it is smaller than a millionth of the
-            mean variance, that is used.
+            mean variance, that millionth is used.
     """
     least = 1e-6 * variance_H.mean()
     return ((policy_mean_BH - reference_mean_BH).square() / variance_H.clamp(min=least)).mean(-1)

@@ -61,7 +61,8 @@ class Logistic:
     Args:
         beta: preference temperature.
         smoothing: the expected share of wrong labels.
-        xi_min: below this, the loss of a pair with a shift is replaced by its tangent; other pairs have no such limit.
+        xi_min: where σ(margin) − shift is below this, the loss of a pair with a shift is replaced by its tangent; pairs
+            without a shift have no such limit.
     """
 
     beta: Positive
@@ -164,9 +165,9 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Refined:
-    """The logistic loss with smoothed labels for pairs of low confidence in the policy (SPA, equations 9 to 12).
+    """The logistic loss, with smoothed labels for pairs whose label the policy doubts (SPA, equations 9 to 12).
 
-    A label is suspect if the confidence in it is below a percentile of the confidences in the last pairs. The
+    A label is suspect if the confidence in it is below a percentile of the confidences in the most recent labels. The
     confidence is measured with a policy extrapolated away from the reference: its logits are (1 + λ) times the policy's
     minus λ times the reference's.
 
@@ -174,8 +175,8 @@ class Refined:
         beta: preference temperature.
         alpha: share of suspect labels that is assumed wrong; 0: no label is suspect, and the loss is logistic.
         extrapolation: λ; 0: the confidence is measured with the policy itself.
-        percentile: percentile of the last pairs' confidences, from 0 to 100.
-        window: number of last pairs.
+        percentile: percentile of the recent confidences, from 0 to 100.
+        window: number of recent pairs.
         warmup: share of the policy steps before labels can be suspect.
         cache_hidden: as in :class:`Noise`, but for both responses.
     """
@@ -270,8 +271,8 @@ def check_objective(objective: Objective) -> None:
     """Check that an objective has the attributes and the signature that its callers need.
 
     Raises:
-        SettingsError: it has no number ``beta``, cannot be called with (policy, reference, facts) and has no ``train``,
-            or one of its optional attributes is not true or false.
+        SettingsError: it has no number ``beta``; it has no ``train`` and cannot be called with (policy, reference,
+            facts); or an optional attribute that must be true or false is neither.
     """
     beta = getattr(objective, "beta", None)
     name = objective.target if isinstance(objective, Bound) else type(objective).__name__
@@ -371,7 +372,7 @@ class TrainableNoise(Noise):
 
 @dataclass(frozen=True)
 class FixedNoise(Noise):
-    """The same variance everywhere, not trained (the DNPO paper's ablation, N(0, 0.5) with 0.5 as the variance).
+    """The same variance everywhere, not trained (the DNPO paper's ablation, N(0, 0.5) with 0.5 read as the variance).
 
     Args:
         variance: s².
@@ -413,7 +414,7 @@ class MatchedOffset(Noise):
     """An :class:`Offset` equal to the mean shift of trained noise: same iteration, policy and pairs.
 
     Args:
-        like: the noise; neutral, because the key of its training is among the stage's inputs.
+        like: the noise. It is not in the stage's key, since the key of its training is among the stage's inputs.
     """
 
     like: Noise = neutral()
@@ -532,8 +533,8 @@ class PairOptimisation(Optimisation):
         share_prompt: compute the prompt of a pair once for both responses.
         keep: the weights after the ``last`` step, or the ``best``: those with the lowest loss on held-out pairs, which
             may be the weights before training.
-        patience: measurements in a row without a lower loss on held-out pairs after which training ends; 0: it makes
-            all steps.
+        patience: training ends after this many measurements in a row without a lower loss on held-out pairs; 0: it
+            makes all steps.
         measure_every: policy steps between measurements of that loss, if ``keep`` or ``patience`` asks for them.
         holdout: share of the prompts whose pairs are then held out of training.
 

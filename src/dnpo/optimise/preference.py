@@ -151,7 +151,7 @@ class PreferenceTraining(Training):
         states = self._prepare_states(pairs)
         facts, measured = self._measure(pairs, hidden_NH, policy, states)
         noisy, at_bound = self.noise(reference.rejected_B, self._prepare_rejected(pairs, states))
-        # Both are means over tokens, but the micro-batch's weight is computed from the weights of its pairs.
+        # Variance and at_bound are means over tokens, but a micro-batch is weighted by the weights of its pairs.
         weight = pairs.rejected_share / pairs.share
         noisy, at_bound = noisy._replace(variance=noisy.variance * weight), at_bound * weight
         terms = two_player(self.objective, policy, reference, noisy, facts, self.noise.alpha, beta=self.beta)
@@ -236,7 +236,7 @@ class PreferenceTraining(Training):
         checkpoint["watches"] = [watch.state_dict() for watch in self.watches]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the watches' states."""
+        """Restore the watches' states, and the average."""
         super().on_load_checkpoint(checkpoint)
         if self.average is not None:
             self.average.load_state_dict(checkpoint["average"])
@@ -377,7 +377,7 @@ def optimise(
         A row of metrics for each policy step.
 
     Raises:
-        SettingsError: a weight is negative, all are 0, or no pair is held out though some should be.
+        SettingsError: a weight is negative, all are 0, or no pair is left to hold out or to train on.
         StepZeroError: the policy before the first update is not the one that training should start from.
         NonFiniteLossError: the loss became NaN or infinite.
         OutOfMemoryError: a step does not fit into memory.
@@ -510,7 +510,7 @@ class LiveTraining(NamedTuple):
     Attributes:
         history: a row of metrics for each policy step.
         draws: how often each pair was trained on, in the order in which the pairs were made.
-        rollouts: for each rollout, the number of its first pair, and the policy step that followed.
+        rollouts: for each rollout, the number of its first pair, and the policy step before which the policy responded.
     """
 
     history: list[dict[str, float]]

@@ -77,7 +77,7 @@ def arrange(how: Optimisation, rows: int, seed: int) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Idle(Generic[Some]):
-    """A micro-batch with rows of another rank. A rank computes it, without effect, while other ranks still compute."""
+    """A micro-batch of another rank's rows, which a rank computes without effect while other ranks still have work."""
 
     batch: Some
 

@@ -1,7 +1,7 @@
 """The base class of trainings: policy steps of micro-batches, with one update of all players per step, and checkpoints.
 
 The whole training is one pass over a fixed list of policy steps. A checkpoint has the position in this list, the states
-of optimizers and schedule, and additions of the kind of training. The metrics of all steps are in a file next to it
+of optimizers and schedule, and what the kind of training adds. The metrics of all steps are in a file next to it
 (``history.py``). On a CPU, a killed training continues with exactly the same results.
 
 Several processes can train together (``ranks.py``). Each computes the gradients of its share of the rows. The gradients
@@ -169,7 +169,7 @@ class Training(pl.LightningModule):
             passed = self._backward(given)
             return passed, bytes(p.grad is not None for p in trained)
 
-        if self.sharded:  # ranks wait for each other in every block, so they cannot wait for one that has failed
+        if self.sharded:  # ranks wait for each other in every block, so a rank that has failed cannot tell others
             own = compute()
             found = ranks.gather(lambda: own)
         else:
@@ -310,7 +310,7 @@ class _Checkpoints(pl.Callback):
         self.history.checksum = state_dict["checksum"]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Read the history; handle signals instead of Lightning, which would end without a checkpoint."""
+        """Read the history, and take over the signals from Lightning, which would end without a checkpoint."""
         training = cast(Training, module)
         training.history = self.history.load(training.policy_step, cut=ranks.leads())
         self.signals.hold()

@@ -84,9 +84,9 @@ class Watch:
 class Suspects(Watch):
     """Finds labels in which the policy has less confidence than in recent labels (SPA, equations 9, 11 and 12).
 
-    The threshold is a percentile of the confidences in the last pairs before the step, in training order, so it does
-    not depend on micro-batches. The metrics also report the suspects by the confidence of the policy itself, and the
-    number of suspects by both.
+    The threshold is a percentile of the confidences in the last pairs before the step, in training order. So it does
+    not depend on micro-batches. The metrics also report the labels that are suspect by the confidence of the policy
+    itself, without extrapolation, and those that are suspect by both.
 
     Args:
         beta: preference temperature of the confidence σ(margin).

@@ -182,7 +182,7 @@ class Pretrained:
         """The values that decide the weights: the contents of the folder, or name and commit on the hub."""
         where = {"content": self._content} if self._local else {"name": self._location, "revision": self._commit}
         more: dict[str, Any] = {"template_arguments": self.template_arguments, "template_date": self.template_date}
-        # with the code in the folder, the same files can become another model
+        # if the folder's code may run, the same files can become another model
         more["trust_remote_code"] = self.trust_remote_code
         more["quantization"] = self.quantization
         given = {name: value for name, value in more.items() if value}

@@ -2,8 +2,8 @@
 
 Every loss is computed from them. The logits of N completion tokens are N × V numbers, by far the largest tensor of a
 training, and they are read only twice. So they are computed one tile of the vocabulary at a time, added to a
-log-sum-exp, and recomputed in the backward pass. There is one matrix product per tile for all tokens, so each row of
-the head's gradient is summed within one product, in float32.
+log-sum-exp, and recomputed in the backward pass. There is one matrix product per tile for up to ``ROWS`` tokens, so
+each row of the head's gradient is summed within one product, in float32.
 
 Sums are float32 for any precision of the matrix products: in bf16 the error of a sum over a few hundred tokens is
 several times the early training signal. With float64 inputs everything is float64, for tests.
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 ROWS = 8192  # maximum number of tokens in one product; more would not be faster, and tiles would grow with the batch
 TILE = {"cpu": 1024, "cuda": 8192}  # vocabulary entries of one product
-APART = 16  # numbers between the rows of a tile, if they would begin whole pages apart
+APART = 16  # extra numbers between the rows of a tile, if rows would begin whole pages apart
 KEPT = {"cpu": 3 * 2**24, "cuda": 2**30}  # bytes of logits that are kept for the backward pass, not recomputed
 
 
@@ -232,7 +232,7 @@ def tiles(head: Head) -> Iterator[tuple[int, int]]:
 def _empty_tile(hidden_NH: Tensor, dtype: torch.dtype, entries: int) -> Tensor | None:
     """Allocate a tile of logits on a CPU; None: its product allocates it.
 
-    Rows that begin whole pages apart collide in the caches, and a product takes a tenth longer; so there are gaps
+    Rows that begin whole pages apart collide in the caches, which makes a product a tenth slower, so such rows get gaps
     between them.
     """
     if hidden_NH.device.type != "cpu" or dtype not in (torch.float32, torch.float64):

@@ -2,7 +2,7 @@
 
 All layers except attention work on single tokens, so they need no padding; positions start again with every sequence.
 Only attention needs separate sequences. With half-precision tensors on a GPU it is variable-length attention. Otherwise
-it runs on batches of sequences of similar length, padded on the right, which causal attention does not read.
+it runs on batches of sequences of similar length, padded on the right, where causal attention does not read.
 
 A prompt can be computed once for both responses of a pair, or for several samples: its tokens are in the row once, and
 belong to each of these sequences.

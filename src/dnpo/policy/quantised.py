@@ -74,7 +74,7 @@ def _multiply_int8(layer: Any, input_: Tensor) -> Tensor:
 
 
 def states(model: nn.Module) -> dict[int, Any]:
-    """Scales and other states of quantised weights by ``id``, a memo with which ``deepcopy`` does not copy them."""
+    """Scales and other states of quantised weights by ``id``: the memo with which ``deepcopy`` skips them."""
     found = [getattr(p, "quant_state", None) for p in model.parameters()]
     found += [state for layer in model.modules() if hasattr(state := getattr(layer, "state", None), "CB")]
     return {id(state): state for state in found if state is not None}

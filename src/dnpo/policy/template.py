@@ -1,6 +1,6 @@
 """Render conversations with the chat template, and locate the texts of the turns in the result.
 
-Templates that change the data silently are refused: they leave out a turn, cut it, or write the current time.
+Templates that change the data silently are refused: those that leave out or cut a turn, or write the current time.
 """
 
 import json
@@ -377,7 +377,7 @@ def _words(template: str) -> set[str]:
 
 
 def _has_between(texts: Sequence[str], first: int, last: int) -> bool:
-    """Whether texts have a character between two others, which are beyond ASCII."""
+    """Whether any text has a character from ``first`` to ``last``, code points beyond ASCII."""
     return any(first <= ord(char) <= last for text in texts if not text.isascii() for char in text)
 
 

@@ -53,9 +53,9 @@ def compare(
     """Compute measures and counts from rows and the verdicts on them, and the points for a histogram.
 
     There are three modes. ``score``: single responses are scored, and the points are scores. ``pairwise``: two
-    responses are compared in both orders, and the points are differences between the orders. ``relative``: one response
-    is scored against the other in orders that are not known (ensembles of judges that compare), and the points are
-    scores of ``b``.
+    responses are compared in both orders, and the points are differences between the orders. ``relative``: ``b`` is
+    scored against ``a``, without separate results for the orders (ensembles of judges that compare), and the points are
+    the scores of ``b``.
 
     A row is left out, and counted by reason, if one of its responses lacks a score.
 

@@ -21,7 +21,7 @@ def draw(report: Mapping[str, Any], points: Sequence[float], path: Path) -> None
     """Draw agreement, length bias, and scores or differences between the orders, with intervals.
 
     Args:
-        found: the content of ``agreement.json``.
+        report: the content of ``agreement.json``.
         points: the points of :func:`~dnpo.judges.agreement.compare`.
         path: the file to write; its suffix decides the format.
     """

@@ -41,7 +41,7 @@ class LabelledRow:
 
 
 class Labelled:
-    """A file of such rows.
+    """A file of labelled rows.
 
     Args:
         path: the file, in UTF-8; blank lines are skipped.
@@ -144,6 +144,6 @@ def _label(field: str, value: Any) -> int:
 def _response(field: str, value: Any) -> str:
     """Read a response. It may be empty, since judges get such responses too.
 
-    A bare true, false or number is read as a text without its quotes: PandaLM's test set has some.
+    A bare true, false or number is read as a text whose quotes are missing: PandaLM's test set has some.
     """
     return read_text(field, str(value) if isinstance(value, bool | int | float) else value, empty=True)

@@ -251,8 +251,8 @@ def estimates(
 ) -> dict[str, AgreementEstimate]:
     """Estimate every measure with a percentile bootstrap interval over rows (Efron 1979), on the same resamples.
 
-    If a measure is not defined in some resamples, the interval uses the other resamples; if these are fewer than 95 %,
-    there is no interval.
+    If a measure is not defined in some resamples, the interval uses the other resamples; if these are fewer than 95 %
+    of all, there is no interval.
     """
     rng = np.random.default_rng(seed)
     size = max(BATCH // rows, 1)

@@ -10,7 +10,7 @@ from dnpo.screen import ScreenTable
 
 
 class MeasureLine(NamedTuple):
-    """A measure, and a note to compare it with."""
+    """A measure, and a note that says what to compare it with."""
 
     name: str
     note: str = ""

@@ -28,7 +28,7 @@ LARGEST_REPLY = 1 << 20  # bytes; a verdict has a few hundred
 WORKERS = 16  # per slot
 LOOK = 0.3  # seconds between checks of questions that other runs are asking
 MENDABLE = {400, 404, 405, 415, 422, 500, 501}  # statuses with which servers refuse a parameter
-FORBIDDEN = 5  # a round ends after this many refusals of this kind, if there was no answer
+FORBIDDEN = 5  # a round ends after this many refusals with status 403 or 404, if there was no answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +166,7 @@ class _Round:
     async def _call(self, client: "AsyncOpenAI", question: Question) -> None:
         """Send one question until it is answered or must be given up."""
         limits, attempts, replies, began = self.limits, 0, 0, 0.0
-        reasons: dict[str, None] = {}  # in order, each once: the last attempt may only have lacked time
+        reasons: dict[str, None] = {}  # in order, each once; all are kept, since the last may be only a lack of time
         while True:
             async with self.slots:
                 await self._turn(question)
@@ -184,7 +184,7 @@ class _Round:
                     self._see(answer)
                     self._advance()
                     return
-                # without counted tokens this is not a completion; the server may need a moment
+                # a reply without counted tokens is not a completion: the server may need a moment
                 reason, wait = answer.reason, 0.0 if answer.tokens_in else pause(replies)
                 if replies >= limits.max_replies:
                     self._give_up(question, replace(answer, reason=f"{reason} ({replies} replies)"))
@@ -276,7 +276,7 @@ class _Round:
         return _Trouble(text)
 
     def _is_hopeless(self, status: int) -> bool:
-        """Whether a refusal concerns all questions. After a first answer it concerns only its question."""
+        """Whether a refusal concerns all questions: always with status 401, else after several and no answer."""
         if status == 401:
             return True
         self.forbidden += 1

@@ -46,15 +46,15 @@ class Endpoint(Connection):
         reading: ``text``, or ``logprobs`` for expected values over the likeliest tokens.
         pattern: finds the value in a reply; None: only the usual forms are read.
         structured: whether to ask for JSON by a schema, unless the server refuses it.
-        temperature: of the model; None leaves it to the server.
-        max_tokens: of a reply.
+        temperature: temperature of the model; None leaves it to the server.
+        max_tokens: maximum number of tokens of a reply.
         extra: further fields of the body of every request.
         tariff: the price of tokens; None if it is not known.
 
     Attributes:
         limit_name: the parameter by which the server limits a reply's tokens.
         has_answered: whether it has answered anything so far.
-        concessions: the differences between requests and settings, because the server refuses a parameter.
+        concessions: how requests differ from the settings, because the server refuses a parameter.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class Endpoint(Connection):
             return f"the reply was cut ({word}) at judge.max_tokens={self.max_tokens}"
         if word not in ENDED and BROKEN.search(word):
             return f"the reply ended by {self.clean(str(finish))[:100]}"
-        if word not in ENDED:  # no known word: complete only if it did not use all its tokens
+        if word not in ENDED:  # an unknown word: the reply is complete only if it did not use all its tokens
             full = isinstance(tokens_out, int) and tokens_out >= self.max_tokens
             return f"the reply may have been cut at judge.max_tokens={self.max_tokens}" if full else ""
         return ""
@@ -213,7 +213,7 @@ def _text_of(content: Any) -> str | None:
     ]
     if not parts or any(part.get("type") not in ("text", "output_text") for part in parts):
         return None
-    # on separate lines, so that no number is joined from two parts
+    # on separate lines, so that digits of two parts do not become one number
     return "\n".join(str(part["text"]) for part in parts)
 
 

@@ -47,7 +47,7 @@ class HF(Prompted):
         dtype: type of the weights. bfloat16 takes half the memory, and scores depend slightly on the batch.
         device: ``auto`` is the GPU if there is one, as for the policy.
         batch_size: questions in a batch; changes only speed and memory. If numbers take several tokens, the keys and
-            values of each question are kept about a dozen times.
+            values of each question are kept in about a dozen copies.
         max_unscored: share of responses that may lack a score.
 
     Raises:

@@ -388,8 +388,8 @@ class Ledger:
         """Reserve the next slot in an endpoint's schedule, which all runs on this ledger share.
 
         Args:
-            request_seconds: 60 over the requests allowed in a minute.
-            token_seconds: the same for the tokens of this call.
+            request_seconds: 60 divided by the number of requests allowed in a minute.
+            token_seconds: 60 × the tokens of this call, divided by the number of tokens allowed in a minute.
 
         Returns:
             Seconds to wait before sending.
@@ -433,7 +433,7 @@ class Ledger:
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:  # a full disk has ended it already
+                if self._db.in_transaction:  # an error such as a full disk may have ended it already
                     self._db.execute("ROLLBACK")
                 raise
 

@@ -49,8 +49,8 @@ class OpenAI(Prompted):
         model: its name at the endpoint.
         base_url: the address, including ``/v1``.
         key_from: environment variable with the key. Endpoints other than OpenAI's may need no key.
-        same_as: another address of the same judge, such as its server's earlier one. Answers and stages are the same
-            under both addresses.
+        same_as: another address of the same judge, such as its server's earlier one. Answers and stages from
+            either address are used for both.
         version: any text. Change it when the weights behind an address change, so that earlier answers are not used.
         read_old_ledger: use answers that were recorded before keys included addresses and all settings.
         mode: ``score``, or ``pairwise``: the generated against the human response, in both orders.
@@ -157,7 +157,7 @@ class OpenAI(Prompted):
 
     @property
     def takes_old_answers(self) -> bool:
-        """Whether old answers are used, recorded before keys included addresses and all settings."""
+        """Whether to use answers that were recorded before keys included addresses and all settings."""
         return self.read_old_ledger
 
     def identity(self) -> Mapping[str, Any]:

@@ -139,7 +139,7 @@ class Prompted(Judge):
 
     @property
     def takes_old_answers(self) -> bool:
-        """Whether old answers are used, recorded under keys that did not include all settings."""
+        """Whether to use answers that were recorded under keys that did not include all settings."""
         return False
 
     @cached_property

@@ -86,7 +86,7 @@ def read_score(reply: str, pattern: re.Pattern[str] | None = None) -> float:
     """The whole number from 0 to 100 that a reply gives.
 
     The number is written as ``83``, ``83.0`` or ``83/100``: alone, after the word score, rating or grade ("The score is
-    83."), or as that value of a JSON object (``{"score": 83, "reason": "…"}``). A closed thought at the beginning,
+    83."), or in a JSON object under such a name (``{"score": 83, "reason": "…"}``). A closed thought at the beginning,
     marks around the number and a code fence are ignored. Anything else is a failure: two numbers, fractions, signs,
     numbers out of range, sentences that mention a number.
 

@@ -7,10 +7,10 @@ and the tests' process compares them. So an answer cannot see its tests, change 
 Both processes have an empty environment, an empty folder to work in, limits on processor time, address space, files and
 processes, and no capability. They run in a new session, which is killed as a whole at the end or after ``timeout``. If
 the system allows it, they are in namespaces without the machine's network and processes, and in a read-only file system
-that contains only Python. If dnpo runs as root, each process also gets a separate user. If the system forbids this but
-has bubblewrap, bubblewrap does the same. If neither works, nothing runs. With ``isolation=none`` there are only limits:
-an answer can read the user's files, use the network and leave its session. Even then nothing runs if the environment
-seems to contain a secret that an answer could read.
+that contains only Python. If dnpo runs as root, each process also gets a separate user. If the system forbids
+namespaces but has bubblewrap, bubblewrap does the same. If neither works, nothing runs. With ``isolation=none`` there
+are only limits: an answer can read the user's files, use the network and leave its session. Even then nothing runs if
+the environment seems to contain a secret that an answer could read.
 
 Starting and ending all this takes about 35 ms of processor time for each answer, twice as much as one bare process; a
 call of an answer's function takes about 30 µs.
@@ -51,8 +51,8 @@ class UnitTests(Checker):
         isolation: ``namespaces``, ``bubblewrap``, ``auto`` for the first of these that works, or ``none``.
         timeout: seconds for one response with its tests, of wall-clock time and of processor time.
         memory_mb: address space of each process.
-        file_mb: maximum size of a file that it writes; with isolation, all its files together can have four times that
-            size.
+        file_mb: maximum size of a file; with isolation, all files that a response writes can have four times that size
+            together.
         processes: maximum number of processes and threads, including the first. Without isolation, all processes of the
             user count, and root has no limit.
         workers: responses tested at once.
@@ -118,7 +118,7 @@ class UnitTests(Checker):
         return None
 
     def canary(self, ledger: Ledger) -> Canary | None:
-        """Report how answers are isolated, which was tried when the rows were accepted."""
+        """Report how answers are isolated; this was found out when the rows were accepted."""
         way, found = find_isolation(self.isolation)
         return Canary(way is not None, found if way else self._refusal(found))
 

@@ -64,7 +64,8 @@ def fit(
         base: a folder of transformers, or a name on the hub.
         out: a folder that does not exist yet, or is empty.
         revision: a commit, branch or tag on the hub.
-        kind: ``model`` trains all weights of ``base`` with one output; ``embedding`` a head on it as a frozen encoder.
+        kind: ``model`` trains all weights of ``base``, with one output; ``embedding`` trains only a head on the frozen
+            ``base`` as encoder.
         hidden: number of hidden units of that head.
         epochs: passes over the training pairs.
         batch_size: pairs in a step.

@@ -35,7 +35,7 @@ class Reward(Judge):
         name: a name on the hub. Give either this or ``path``.
         revision: a branch, tag or commit of the model on the hub.
         center: the reward worth 50 points; null takes the value of ``fit``, or else 0.
-        scale: the increase of reward from 50 to 73 points; null takes the value of ``fit``, or else 1.
+        scale: by how much the reward of 73 points exceeds that of 50; null takes the value of ``fit``, or else 1.
         template_date: the current date for a chat template that reads the clock, such as ``2026-01-31``.
         max_tokens: maximum number of tokens of a row; null: the maximum that the model can read.
         dtype: type of the weights.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClippedRatio:
-    """The clipped loss of importance ratios, with a value head as a second player; for rollouts made during training.
+    """The clipped loss of importance ratios, with a value head trained alongside; for rollouts made during training.
 
     The reward of a response is its score times ``reward_scale``, minus β times the log-ratio of policy and reference,
     token by token. The gradient is exact for responses sampled at temperature 1 without truncation.
@@ -27,8 +27,9 @@ class ClippedRatio:
     Args:
         beta: weight of the log-ratio in the reward; the best policy is π_ref · exp(reward / β), normalised. 0: no
             reference is read.
-        clip: ε. A token whose ratio differs from 1 by more than this has no gradient; 0: no limit.
-        value_clip: a value that has changed by more than this since the policy responded has no gradient; 0: no limit.
+        clip: ε. Once a token's ratio differs from 1 by more than this, it has no gradient away from 1; 0: no limit.
+        value_clip: a value that has moved towards its target by more than this since the policy responded has no
+            gradient; 0: no limit.
         value_learning_rate: constant learning rate of Adam for the value head; 0: there is no value head, and all
             values are 0.
         value_weight: weight of the value loss in the gradient of the policy's body; 0: only the head learns values.

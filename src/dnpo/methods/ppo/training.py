@@ -103,7 +103,7 @@ class Observer:
         policy: the policy in training.
         reference: the frozen reference; None if β is 0.
         settings: how to learn from rollouts.
-        autocast: as in :class:`~dnpo.optimise.parts.Optimisation`, so that the training finds the same numbers.
+        autocast: as in :class:`~dnpo.optimise.parts.Optimisation`, so that the training computes the same numbers.
     """
 
     def __init__(self, policy: Policy, reference: Policy | None, settings: ClippedRatio, autocast: bool) -> None:
@@ -165,8 +165,8 @@ class Observer:
 class Observed:
     """A source of experiences. It takes rollouts from another source and computes their experiences.
 
-    Experiences are written to files: a killed training could not compute them again, with the policy and value head
-    changed.
+    Experiences are written to files: a training that continues after a kill could not compute them again, since the
+    policy and value head have changed.
 
     Args:
         source: makes the rollouts.
@@ -226,7 +226,7 @@ class RolloutTraining(Training):
 
     Args:
         observer: makes the experiences; its value head is trained.
-        notes: returns further metrics of the present policy step, known with its rows.
+        notes: returns further metrics of the present policy step, which are known as soon as its rows are.
     """
 
     title = "training on rollouts"

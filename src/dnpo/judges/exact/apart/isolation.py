@@ -140,7 +140,7 @@ def be_unreadable() -> None:
 
 
 def can_be(user: int) -> bool:
-    """Whether the system knows this user: a container may have few."""
+    """Whether the system knows this user: a container may have few users."""
     with open("/proc/self/uid_map") as lines:
         parts = [[int(word) for word in line.split()] for line in lines]
     return any(first <= user < first + count for first, _, count in parts)

@@ -18,7 +18,7 @@ _USERS = 60_000  # first id of the users of answers' processes; the machine shou
 
 
 def main(how: dict[str, Any]) -> None:
-    """Isolate the process, start the answer's, run the tests, and exit with a code of ``__init__``.
+    """Isolate this process, start the answer's process, run the tests, and exit with one of the codes in ``__init__``.
 
     Args:
         how: ``isolation`` (``namespaces``, ``bubblewrap`` or ``none``), ``folder`` (an empty folder), ``trees``
@@ -46,7 +46,7 @@ def main(how: dict[str, Any]) -> None:
 def _enter(how: dict[str, Any]) -> int | None:
     """Enter the namespaces; return the user for the answer's process, None if it cannot be another user."""
     root = isolation.enter_namespaces()
-    # by this process's id, so that two running answers never share a user: processes are limited by user
+    # by this process's id, so that answers that run at once hardly ever share a user, and its limit on processes
     user = _USERS + os.getpid() * 2 % 5_000 if root else None
     if user is not None and not isolation.can_be(user + 1):
         user = None
