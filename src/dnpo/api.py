@@ -40,7 +40,7 @@ class Settings:
     _composed: "DictConfig" = field(repr=False, compare=False)
 
     def plan(self) -> "pd.DataFrame":
-        """List the stages of the run in their order: ``stage``, ``key``, and whether it is ``there`` in the store."""
+        """The stages of the run in order: ``stage``, ``key``, and ``there``, which says whether the store has it."""
         import pandas as pd
 
         from dnpo.commands.common import make_store
@@ -224,7 +224,7 @@ class Result:
         raise SettingsError(f"iteration {wanted}: has no stage {name}")
 
     def _folder(self, stage: Mapping[str, Any]) -> Path:
-        """The folder of a stage, from its entry in the summary, or from one name with its key."""
+        """The folder of a stage, given as its entry in the summary or as ``{name: key}``."""
         name, key = (stage["stage"], stage["key"]) if "stage" in stage else next(iter(stage.items()))
         folder: Path = self._policies[0].store / str(name) / str(key)
         if not folder.is_dir():

@@ -50,7 +50,7 @@ class Metric:
 
     @property
     def scale(self) -> float:
-        """The factor from tracked values to the unit."""
+        """The factor that converts tracked values to the unit."""
         return 100.0 if self.unit in SHARES else 1.0
 
     @property
@@ -79,7 +79,7 @@ class MetricVariant:
 
     Attributes:
         prefix, suffix: added to the names of the group.
-        of: part of the group's names that the prefix replaces.
+        of: beginning of the group's names that the prefix replaces.
         words: where the quantities are measured.
         label: the same, shorter.
         needs: what to add to the command to have them measured.
@@ -418,7 +418,7 @@ COMPARED = ("eval/score", "second/score", "eval/accuracy", "leaderboard/average"
 
 
 def _of_sweeps() -> Iterator[Metric]:
-    """The metrics of a sweep as a whole, tracked with its parent run by iteration."""
+    """The metrics of a sweep as a whole, tracked in its parent run by iteration."""
     for name in COMPARED:
         base = metric(name)
         title, label = f"{base.title}, best settings", f"{base.label}, best"
@@ -499,7 +499,7 @@ def _in_families(groups: Iterable[MetricGroup], name: str) -> Iterator[tuple[Met
     for group in groups:
         for family in group.metrics:
             before, *rest = OPEN.split(family.name)
-            # the end of a name may be a user's word, such as a family a/b
+            # a placeholder at the end may stand for a user's word with slashes, such as a family a/b
             open_part = "[^/]+" if rest and rest[1] else ".+"
             pattern = f"{re.escape(before)}({open_part}){re.escape(rest[1])}" if rest else ""
             match = re.fullmatch(pattern, name, re.DOTALL) if rest else None

@@ -1,4 +1,7 @@
-"""Write files under a hidden name until they are complete, even after a power cut; explain errors of the disk."""
+"""Write files under a hidden name until they are complete on the disk; explain disk errors.
+
+So not even a power cut leaves an incomplete file under a final name.
+"""
 
 import errno
 import os
@@ -9,7 +12,7 @@ from pathlib import Path
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = FULL | {errno.EROFS, errno.EIO}
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
-# safetensors, tokenizers, torch and sqlite raise other errors, some of which do not give the reason
+# safetensors, tokenizers, torch and sqlite raise errors that are not OSErrors; some give no reason
 OF_LIBRARIES = re.compile(
     r"\(os error (?P<number>\d+)\)|PytorchStreamWriter failed|iostream error|\.cc:\d+\] \. unexpected pos|disk is full"
 )
@@ -43,7 +46,7 @@ def explain(error: BaseException, root: Path | None = None) -> str | None:
     """Explain an error of writing or reading: the reason, the file and what to do; None for any other error.
 
     Args:
-        root: in this folder, every error of the system on a file is explained; elsewhere, only a full or broken disk.
+        root: in this folder, every OSError about a file is explained; elsewhere, only a full or broken disk.
     """
     for each in _causes(error):
         if isinstance(each, OSError) and each.errno is not None:

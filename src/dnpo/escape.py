@@ -9,7 +9,7 @@ import sys
 import unicodedata
 from typing import Any
 
-# Makes visible: characters that are invisible, end a text, control a terminal or change the direction of writing.
+# Visible replacements of characters that are invisible, end a text, control a terminal or change the writing direction.
 HIDDEN = {
     **{code: chr(0x2400 + code) for code in range(0x20) if code not in (0x09, 0x0A)},
     0x7F: "␡",
@@ -52,11 +52,11 @@ LATEX = {
     "…": r"\dots{}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
-LONGEST_KEY = 250  # characters of a name in MLflow
+LONGEST_KEY = 250  # maximum number of characters of a name in MLflow
 
 
 def for_terminal(text: Any) -> str:
-    """Make control characters visible; lines and tabulators stay."""
+    """Make control characters visible, except line breaks and tabs."""
     return str(text).replace("\r\n", "\n").translate(HIDDEN)
 
 

@@ -3,7 +3,7 @@
     generate  →  judge  →  label  →  optimise  →  evaluate
 
 A verb takes stages and returns a stage (see ``stages/plan.py``) without computing anything. So a run can be inspected
-before it starts, finished stages are reused from the store, and runs with a common beginning share its stages.
+before it starts, finished stages are reused from the store, and runs that begin alike share their first stages.
 """
 
 from collections.abc import Iterator, Sequence

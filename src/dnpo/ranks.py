@@ -61,16 +61,16 @@ def leads() -> bool:
 
 
 def share(rows: Sequence[Row]) -> Sequence[Row]:
-    """The rows that this rank works on: of ``world()`` successive rows, one."""
+    """The rows that this rank works on: row ``rank()``, and every ``world()``-th row after it."""
     return rows if world() == 1 else rows[rank() :: world()]
 
 
 def gather(compute: Callable[[], Result]) -> list[Result]:
-    """Compute a small value on every rank, and return the values of all ranks, in their order.
+    """Compute a small value on every rank, and return the values of all ranks, in the order of the ranks.
 
     Raises:
-        DnpoError, RuntimeError: ``compute`` raised it on some rank; every rank raises it.
-        FailedElsewhere: it raised another error on another rank.
+        DnpoError, RuntimeError: ``compute`` raised it on some rank; now every rank raises it.
+        FailedElsewhere: ``compute`` raised an error of another type on another rank.
     """
     if world() == 1:
         return [compute()]
@@ -102,7 +102,7 @@ def join_shares(values: Sequence[Result]) -> list[Result]:
 
 
 def wait() -> None:
-    """Wait until all ranks are here."""
+    """Wait until all ranks have reached this point."""
     gather(lambda: None)
 
 

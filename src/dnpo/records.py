@@ -78,8 +78,8 @@ class Verdict:
 
     Attributes:
         sample: number of the response among its source's responses to the prompt.
-        disagreement: in points: between the two orders of a comparison, or between the members of an ensemble (their
-            standard deviation); None if there is nothing to compare.
+        disagreement: in points, the difference between the two orders of a comparison, or the standard deviation over
+            the members of an ensemble; None if there is nothing to compare.
     """
 
     id: str
@@ -102,8 +102,8 @@ class Pair:
         iteration: the iteration that labelled it.
         strength: p(y⁺ ≻ y⁻), how sure the label is; 1 for hard labels.
         weight: its weight in the loss of a step.
-        shift: how far σ(margin) is lowered in the loss, for robust training.
-        step: the policy step that followed when it was made, if that was during training (``rollout=live``).
+        shift: how much σ(margin) is lowered in the loss, for robust training.
+        step: the policy step before which it was made, if that was during training (``rollout=live``).
         draws: how many policy steps trained on it, with ``rollout=live``.
     """
 
@@ -135,7 +135,7 @@ class Rollout:
 
     Attributes:
         rollout: the number of the rollout that it belongs to.
-        step: the policy step that followed when that rollout was made.
+        step: the policy step before which that rollout was made.
         prompt_ids: the rendered prompt.
         score: the judge's; None without a judge, or if it gave none.
         reason: why there is no score.

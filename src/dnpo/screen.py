@@ -1,4 +1,4 @@
-"""Tables on the terminal that show every text literally, without effect of markup or control characters in it."""
+"""Tables on the terminal that show every text literally: markup and control characters in it have no effect."""
 
 from typing import Any
 

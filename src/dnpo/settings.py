@@ -58,16 +58,16 @@ IS_PLACE = "is a place"  # another key of metadata; false by default
 
 
 def neutral(default: Any = dataclasses.MISSING) -> Any:
-    """Declare a field of a part that cannot change a result, such as a batch size or a path.
+    """Declare a field that cannot change a part's results, such as a batch size or a path.
 
-    These fields are the only list of such settings; stage keys, analysis and report read it. The contents at a path do
-    decide results: a part with paths has them in its ``identity()``.
+    There is no other list of such settings: stage keys, analysis and report read these declarations. The contents at a
+    path do decide results: a part with paths includes them in its ``identity()``.
     """
     return dataclasses.field(default=default, metadata={CHANGES_RESULT: False})
 
 
 def place(default: Any = dataclasses.MISSING) -> Any:
-    """Declare a neutral field that is a location, such as a path; the part's ``identity()`` has the contents."""
+    """Declare a neutral field that is a location, such as a path; the part's ``identity()`` includes its contents."""
     return dataclasses.field(default=default, metadata={CHANGES_RESULT: False, IS_PLACE: True})
 
 
@@ -75,7 +75,7 @@ def neutral_names(target: Callable[..., Any], places: bool = True) -> list[str]:
     """The names of a part's settings that cannot change a result.
 
     Args:
-        places: whether to include locations, which is right if their contents are compared in another way.
+        places: whether to include locations; right only if their contents are compared in another way.
     """
     if not dataclasses.is_dataclass(target):
         return []
@@ -295,7 +295,7 @@ def _waits(target: Any) -> bool:
 
 
 def _bound_settings(target: Callable[..., Any] | None) -> list[str]:
-    """The names of a part's settings that stay bound, such as an optimizer, which needs its parameters first."""
+    """The names of a part's settings that stay a :class:`Bound`, such as an optimizer: the run calls it later."""
     if not dataclasses.is_dataclass(target):
         return []
     return [name for name, hint in get_type_hints(target).items() if hint is Bound]
@@ -365,7 +365,7 @@ def _check_value(name: str, value: Any, hint: Any) -> Any:
 
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # dataclasses bring their own configuration
+    except PydanticUserError:  # pydantic takes no configuration for a type that has its own, such as a dataclass
         adapter = TypeAdapter(hint)
     try:
         return adapter.validate_python(value, strict=True)
@@ -412,7 +412,7 @@ def named_within(names: Mapping[str, str]) -> Iterator[None]:
     """Make errors name settings by their place in a run.
 
     Args:
-        names: names in the run by those that the errors have, such as ``{"source": "eval.leaderboard.source"}``.
+        names: maps the names in the errors to the names in the run, such as ``{"source": "eval.leaderboard.source"}``.
     """
     try:
         yield
@@ -426,7 +426,7 @@ def named_within(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def rename_settings(text: str, names: Mapping[str, str]) -> str:
-    """Give the settings in a text other names, where a value, a part or a colon follows."""
+    """Rename the settings in a text, wherever ``=``, a colon or the name of an inner setting follows."""
     pattern = rf"(?<![\w./])({'|'.join(map(re.escape, names))})(?=[=:]|\.\w)"
     return re.sub(pattern, lambda found: names[found[1]], text)
 
@@ -434,7 +434,7 @@ def rename_settings(text: str, names: Mapping[str, str]) -> str:
 def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
     """Write a sentence that offers the known words nearest to ``word``, or lists them all.
 
-    Settings of the same name elsewhere, first in the same part, come before similar names.
+    Settings of the same name are preferred to similar names, first those of the same part.
     """
     known = sorted(key for key in known if not key.split(".")[-1].startswith("_"))
     names = [_join_names(prefix, key) for key in known]

@@ -1,4 +1,4 @@
-"""Read and write Parquet files of rows, whole ones, or millions of rows that become objects when they are read.
+"""Read and write Parquet files of rows: all rows at once, or millions of rows that become objects only when needed.
 
 A row as an object takes some kilobytes, so a million of them do not fit into memory. :class:`Rows` reads one row group
 at a time, and only the columns that are asked for. :class:`Writer` writes rows as they come.
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 Row = TypeVar("Row", bound="DataclassInstance")
 Each = TypeVar("Each")
 
-GROUP = 4096  # rows in a row group of a file, which is read at once
+GROUP = 4096  # rows in a row group, the part of a file that is read at once
 
 
 def write(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:
@@ -142,10 +142,10 @@ class _Group:
 
 
 class Rows(Sequence[Row]):
-    """A sequence of rows in Parquet files or in memory; reading one in order holds one row group at a time.
+    """A sequence of rows in Parquet files or in memory; reading it in order keeps one row group at a time in memory.
 
     Args:
-        kind: the type of a row. Fields without a column get their defaults; required ones are empty.
+        kind: the type of a row. A field without a column gets its default, or an empty value if it has none.
         groups: the row groups.
         numbers: which rows of the groups belong to the sequence, by number; None: all.
     """
@@ -203,17 +203,17 @@ class Rows(Sequence[Row]):
             yield from _make(table, self.kind)
 
     def take(self, numbers: "Sequence[int] | np.ndarray") -> "Rows[Row]":
-        """The rows of these numbers, in this order."""
+        """The rows with these numbers, in this order."""
         import numpy as np
 
         return self._view(np.asarray(self._numbers)[np.asarray(numbers, np.int64)])
 
     def values(self, name: str) -> Iterator[Any]:
-        """A field of one row after the other."""
+        """The values of a field, row by row."""
         return (value for table in self._tables([name]) for value in _values(table.column(name)))
 
     def column(self, name: str) -> list[Any]:
-        """A field of all rows."""
+        """The values of a field in all rows."""
         return list(self.values(name))
 
     def lengths(self, name: str) -> "np.ndarray":
@@ -290,14 +290,14 @@ def _make(table: "pa.Table", kind: type[Row]) -> list[Row]:
 
 
 def _reader(table: "pa.Table", kind: type[Row]) -> Callable[[int], list[Any]]:
-    """Make a function that returns the values of one row of a table, as in :func:`_make`, given its number."""
+    """Make a function that returns the values of a table's row, given its number; values as in :func:`_make`."""
     known = set(table.column_names)
     fields = [_field_reader(table.column(name) if name in known else None, empty) for name, empty in _empty(kind)]
     return lambda number: [read(number) for read in fields]
 
 
 def _field_reader(column: "pa.ChunkedArray | None", empty: Callable[[], Any]) -> Callable[[int], Any]:
-    """Make a function that returns a value of a column, given its number; an empty one if there is no column.
+    """Make a function that returns a column's value, given the row's number; without a column, an empty value.
 
     Values stay in Arrow's memory. Lists of integers are read through NumPy, an order of magnitude faster than by Arrow.
     """
@@ -442,7 +442,7 @@ class Made(Sequence[Each]):
 
     Args:
         count: number of items.
-        make: makes the item of a number.
+        make: makes the item with a given number.
     """
 
     def __init__(self, count: int, make: Callable[[int], Each]) -> None:
@@ -464,19 +464,19 @@ class Made(Sequence[Each]):
 
 
 def take(rows: Sequence[Each], numbers: "Sequence[int] | np.ndarray") -> Sequence[Each]:
-    """The rows of these numbers, in this order."""
+    """The rows with these numbers, in this order."""
     if isinstance(rows, Rows):
         return rows.take(numbers)
     return [rows[i] for i in numbers]
 
 
 def values(rows: Sequence[Any], name: str) -> Iterator[Any]:
-    """A field of one row after the other."""
+    """The values of a field, row by row."""
     return rows.values(name) if isinstance(rows, Rows) else (getattr(row, name) for row in rows)
 
 
 def column(rows: Sequence[Any], name: str) -> list[Any]:
-    """A field of all rows."""
+    """The values of a field in all rows."""
     return list(values(rows, name))
 
 

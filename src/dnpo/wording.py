@@ -1,6 +1,6 @@
 """Words that depend on a number."""
 
-LONG = 8  # letters of a number that are shown
+LONG = 8  # maximum number of characters of a number that is shown unchanged
 
 
 def plural(number: int, noun: str) -> str:
@@ -9,7 +9,7 @@ def plural(number: int, noun: str) -> str:
 
 
 def short_number(text: str) -> str:
-    """Return a number of many digits, such as one that a search has drawn, with four of them; other texts unchanged."""
+    """Round a number of many digits, such as one that a search has drawn, to four of them; other texts stay."""
     if len(text) <= LONG:
         return text
     try:

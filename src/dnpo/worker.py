@@ -104,7 +104,7 @@ class Lines:
         self._lead("begin", total, unit, done)
 
     def advance(self, amount: int = 1) -> None:
-        """Report that this amount more is done."""
+        """Report that this further amount of work is done."""
         self.send("advance", amount)
 
     def note(self, text: str) -> None:

@@ -43,7 +43,8 @@ class HeldQuery(BaseModel):
         family: the task family; "" for all.
         a, b: the two policies to be compared, as ``RUN.ITERATION``; "" for the default ones.
         answer: the answer whose score counts: the greedy one, or the mean over samples.
-        outcome: the comparison of b's answer with the human response, or whether it became right.
+        outcome: whether b's answer wins or loses against the human response, is right or wrong, or became right
+            (``gained``) or wrong (``lost``) from a to b.
         change: the sign of the difference between b's score and a's.
     """
 

@@ -17,7 +17,7 @@ from dnpo.tracking.client import make_absolute
 from dnpo.tracking.reading import SFT, Database
 from dnpo.tracking.sqlite import file_of
 
-DIFFERENCES, LONGEST = 2, 40  # settings in a run's name, and characters of one
+DIFFERENCES, LONGEST = 2, 40  # maximum number of settings in a run's name, and of characters of each
 WHERE = ("store", "ledger", "tracking", "remote", "launch", "threads", "device", "plan", "check", "wide", "verify")
 
 
@@ -103,8 +103,8 @@ def find(given: Sequence[str], store: Path | None, uri: str, experiment: str) ->
     """Find runs.
 
     Args:
-        given: for each, a run's or a sweep's folder, a tracked run's id or its beginning, or a sweep's name. If empty:
-            the newest run in ``outputs``.
+        given: each a folder of a run or sweep, a tracked run's id or its beginning, or a sweep's name. If empty: the
+            newest run in ``outputs``.
         store: the store's folder, if it has moved.
         uri, experiment: where runs were tracked.
 
@@ -149,7 +149,7 @@ def _find(given: str, store: Path | None, uri: str, experiment: str) -> Iterator
     if not finished:
         raise DataError(f"{given}: no run of it has finished")
     for run in finished:
-        # the folder's location is not tracked; by default the database of runs is in the working folder
+        # if the run's working folder is not tracked, take the database's folder, which is the same by default
         known = Path(str(run.summary.get("cwd", ""))).is_absolute()
         yield _run(run.name, run.summary if known else run.summary | {"cwd": str(near)}, store)
 

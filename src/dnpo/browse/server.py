@@ -38,7 +38,7 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 Query = TypeVar("Query", bound=BaseModel)
-ASIDE = ("view", "runs", "row")  # parts of a link that no query for rows has
+ASIDE = ("view", "runs", "row")  # parameters of a link that do not belong to a query for rows
 
 
 def make_app(runs: Sequence[Run]) -> Starlette:

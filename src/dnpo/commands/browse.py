@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DnpoError as error:
         say(f"error: {error}", error=True)
         sys.exit(1)
-    except KeyboardInterrupt:  # while it reads
+    except KeyboardInterrupt:  # while it reads the rows
         sys.exit(130)
 
 
@@ -75,5 +75,5 @@ def _browse(given: argparse.Namespace) -> None:
 
 
 def _has_screen() -> bool:
-    """Whether a browser with windows can be opened; without one, Python would start one in this terminal."""
+    """Whether a graphical browser can be opened; otherwise Python would start a text browser in this terminal."""
     return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -13,7 +13,7 @@ from dnpo.errors import DnpoError
 from dnpo.escape import for_terminal, say
 
 GAP = 3  # columns between two responses
-LEAST = 90  # columns from which on two responses are side by side
+LEAST = 90  # columns that a terminal needs to show two responses side by side
 KEYS = "/new forgets the conversation, /again samples another response, /quit or Ctrl-D ends."
 
 

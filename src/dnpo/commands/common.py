@@ -38,7 +38,7 @@ KEPT = "Finished stages are kept and an unfinished one continues: run the same c
 
 
 def collect_garbage_less_often() -> None:
-    """Let Python look for garbage less often: it spends a quarter of the time of imports on finding none."""
+    """Let Python look for garbage less often: during imports this takes a quarter of the time and finds none."""
     gc.set_threshold(10_000)
 
 
@@ -70,7 +70,7 @@ def run(
         job = HydraConfig.get()
         collect_garbage_less_often()
         try:
-            with interrupts.raised():  # here too, since launchers call it in separate processes
+            with interrupts.raised():  # here too, since launchers call task() in separate processes
                 return body(cfg, job)
         except DnpoError as error:
             if job.mode is RunMode.MULTIRUN:
@@ -208,7 +208,7 @@ def explain(error: Exception, config: str, arguments: Sequence[str]) -> str:
 
 
 def _explain_list(group: str, name: str, arguments: Sequence[str]) -> str:
-    """Explain that one option cannot replace a list of parts by iteration, such as that of method=spa."""
+    """Explain that one option cannot replace a list with a part for each iteration, such as that of method=spa."""
     file = conf_folder() / group / f"{name}.yaml"
     content = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
     lists = [str(key) for key, value in content.items() if isinstance(value, ListConfig)]

@@ -51,7 +51,7 @@ end
 complete -c dnpo -f -a '(_dnpo)'
 """
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
-COMPOSED = {  # verbs whose settings Hydra composes, which also lists them
+COMPOSED = {  # verbs whose settings Hydra composes and lists
     "train": "dnpo.commands.train",
     "sweep": "dnpo.commands.train",
     "evaluate": "dnpo.commands.evaluate",
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def complete(line: str) -> list[str]:
-    """What can follow in a command line, each with the beginning of its last word.
+    """The words with which the last word of a command line can be completed.
 
     Args:
         line: the line up to the cursor, such as ``dnpo train met``.
@@ -111,7 +111,7 @@ def _options(part: str) -> list[str]:
 
 
 def _ask(module: str, arguments: Sequence[str], line: str) -> Iterator[str]:
-    """Call a command that prints what can follow, and return the lines."""
+    """Call a command so that it prints the possible completions, and return the lines."""
     printed = io.StringIO()
     os.environ |= {"COMP_LINE": line, COMPLETES: "1"}
     try:

@@ -87,7 +87,7 @@ def _head(name: str, chosen: str | None, width: int) -> None:
 def _compose(config: str, arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Compose the settings, and name the chosen options.
 
-    If the arguments do not compose, such as values of a sweep, only arguments that choose an option are used.
+    If the arguments cannot be composed, such as values of a sweep, only those that choose an option are used.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra

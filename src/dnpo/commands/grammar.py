@@ -90,7 +90,7 @@ class _Help(argparse.HelpFormatter):
 
 
 def _name(option: str) -> str:
-    """The setting that an option such as ``--no-log`` is written as."""
+    """The name of the setting for an option, such as ``log`` for ``--no-log``."""
     return option.removeprefix("--").removeprefix("no-").replace("-", "_")
 
 
@@ -161,7 +161,7 @@ def _options(parser: argparse.ArgumentParser, given: Sequence[str]) -> dict[str,
 
 
 def _settings(parser: argparse.ArgumentParser, given: Sequence[str]) -> Iterator[str]:
-    """The settings of a parser, with their words if they have some, and its subcommands if none is given."""
+    """The settings of a parser, each with its possible values if they are listed; the subcommands if none is given."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction) and not set(given) & set(action.choices):
             yield from action.choices

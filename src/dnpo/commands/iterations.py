@@ -1,6 +1,6 @@
 """Settings that change from iteration to iteration: a list in place of a value or a part.
 
-    objective.beta=[0.1,0.1,5.0]    one value an iteration; the last one stays
+    objective.beta=[0.1,0.1,5.0]    one value for each iteration; the last one is repeated
 
 A list is read in this way if the setting takes a single value, or if a part is expected. Settings whose value is a list
 are unchanged. Parts get a single value and never such a list.

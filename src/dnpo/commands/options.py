@@ -1,8 +1,8 @@
 """Replace names of options in a list by iteration, such as ``rollout=[given,ahead]``, by the options.
 
-A name on the command line is replaced by a part: the part of this option alone, with the settings of the method and of
-other arguments. A name in a file is replaced by the content of the option's file only, since the file's list replaces
-all other settings of the part.
+A name on the command line is replaced by the part that results if this option alone is chosen, with the settings of the
+method and of other arguments. A name in a file is replaced by the content of the option's file alone, since the list in
+the file replaces all other settings of the part.
 """
 
 import warnings
@@ -22,10 +22,11 @@ def expand_options(cfg: DictConfig, job: Any, places: Sequence[str], starting: S
         cfg: the composed tree, which is changed.
         job: Hydra's settings of the job.
         places: the parts that may change from iteration to iteration.
-        starting: those of them whose options have a ``start``, which a list replaces.
+        starting: those of them whose options have a ``start``; a list makes it superfluous.
 
     Raises:
-        SettingsError: a name is not an option, a list is in a defaults list, or a ``start`` is given along with a list.
+        SettingsError: a name is not an option, a defaults list chooses several options for one part, or a ``start`` is
+            given along with a list.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 

@@ -46,9 +46,9 @@ VARYING = (
     "objective",
     "npo",
     "trainer",
-)  # by iteration
+)  # parts that may change by iteration
 PARTS = ("model", "data", "sft", "generate", "second_judge", "augment", "eval", "tracking", "launch", *VARYING)
-REFERENCE = re.compile(r"\$\{([\w.]+)\}")  # to another setting
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")  # a reference to another setting
 TYPICAL = "typical"  # values used only in interpolations; no part gets them
 WORDS = ("start", "reference")  # they may change by iteration too, but their values are words, not parts
 STARTING = ("dsl", "npo")  # parts that act from their ``start`` iteration on; ABSENT replaces them before it

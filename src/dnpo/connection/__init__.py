@@ -75,7 +75,7 @@ class Failure:
 
 
 async def receive(stream: AbstractAsyncContextManager[Any], seconds: float, largest: int) -> bytes | Refusal | Failure:
-    """Send a request once and read the whole reply; an error in the body of a status 200 counts as a refusal.
+    """Send a request once and read the whole reply. With status 200, an error in the body counts as a refusal.
 
     Args:
         stream: a request of the client, ``with_streaming_response``.

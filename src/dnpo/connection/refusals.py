@@ -1,7 +1,7 @@
 """Read a server's refusal: its text, its kind, and how long to wait.
 
 Servers put the text in many places: ``error.message`` (OpenAI), ``detail`` (FastAPI), a list with an ``error``
-(Google), ``error`` as a text (Ollama, TGI), ``message`` alone, and in a reply whose status is 200.
+(Google), ``error`` as a text (Ollama, TGI), or ``message`` alone. Some refusals come with status 200.
 """
 
 import email.utils
@@ -26,7 +26,7 @@ _FLAGGED = re.compile(r"flagged|moderat|content.?(?:policy|filter|management)|sa
 _PER_DAY = re.compile(r"per.?day|daily", re.IGNORECASE)
 _DELAY = re.compile(r"\"(?:retryDelay|retry_after|estimated_time)\":\s*\"?([0-9]+(?:\.[0-9]+)?)s?\"?\s*[,}\]]")
 _OVERLOADED = re.compile(r"over.?load|(?:over|at|exceed\w*) (?:\w+ )?capacity|server.?busy", re.IGNORECASE)
-_MEANS = {  # the status that codes mean in a reply whose status is 200
+_MEANS = {  # in a reply with status 200: the status that a code stands for
     401: ("invalid_api_key", "unauthenticated", "unauthorized", "authentication_error"),
     402: ("payment_required", "insufficient_quota", "insufficient_balance"),
     403: ("permission_denied", "forbidden", "permission_error"),
@@ -35,7 +35,7 @@ _MEANS = {  # the status that codes mean in a reply whose status is 200
     429: ("rate_limit_exceeded", "rate_limit_error", "resource_exhausted", "too_many_requests"),
     503: ("unavailable", "overloaded", "overloaded_error", "server_error", "internal", "internal_error", "timeout"),
 }
-_SAYS = {  # the status that words mean, if the status is 200 and there is no code; the first match counts
+_SAYS = {  # the same for words, if there is no known code; the first match counts
     429: re.compile(r"rate.?limit|too.?many.?(?:\w+.?)?requests|throttl|resource.?exhausted", re.IGNORECASE),
     503: re.compile(
         _OVERLOADED.pattern + r"|unavailable|\bbusy\b|no (?:worker|capacity|instance|available)|capacity|timed? ?-?out|"
@@ -125,7 +125,7 @@ def find_refusal(body: bytes, headers: Mapping[str, str] | None = None) -> Refus
 
 
 def _status_of(codes: str, text: str) -> int:
-    """The status that the codes mean, or else the words; 0 if none is known."""
+    """The status that the codes stand for, or else the words; 0 if none is known."""
     for code in codes.split():
         if re.fullmatch("[45][0-9][0-9]", code):
             return int(code)

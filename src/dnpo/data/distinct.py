@@ -27,7 +27,7 @@ def remove_duplicates(
     settings are not chosen on prompts like the reported ones. Within a split, rows with pairs come before others.
 
     Returns:
-        The rows that are left; how many were removed, by kind; and two examples, the near ones first.
+        The rows that are left; how many were removed, by kind; and two examples, near-duplicates first.
     """
     ordered: list[tuple[str, int]] = []  # splits, and numbers in them
     for split in reversed(SPLITS):

@@ -7,9 +7,9 @@ words.
 The search is exact and deterministic, by prefix filtering (Chaudhuri, Ganti and Kaushik 2006). If the Jaccard index of
 two sets is at least t, a share t of the larger set is in the smaller one. So if all members have one fixed order, the
 first few members of both sets have one in common, and only texts with a common first member are compared. Rare members
-come first in the order, so few texts are compared. If the first common members are the i-th of one text and the j-th of
-the other, the texts can share at most as many members as the shorter rest has. If that is too few, they are not
-compared (positional filtering; Xiao, Wang, Lin and Yu 2008). MinHash would miss some pairs and cost more at such
+come first in the order, so few texts are compared. If the first common member is the i-th of one text and the j-th of
+the other, they can share at most as many members as the shorter rest from there on has. If these are too few, the texts
+are not compared (positional filtering; Xiao et al. 2008). MinHash would miss some pairs and cost more at such
 thresholds.
 """
 
@@ -163,7 +163,7 @@ def _make_sets(texts: Sequence[str], progress: Progress | None) -> _Sets:
 
 
 def _number_words(texts: Sequence[str], progress: Progress | None) -> tuple["np.ndarray", "np.ndarray"]:
-    """Number the words of all texts, padded to at least three a text, and say where each text ends."""
+    """Number the words of all texts, and say where each text ends; texts of fewer than three words are padded."""
     import numpy as np
 
     numbers: defaultdict[str, int] = defaultdict()
@@ -179,7 +179,7 @@ def _number_words(texts: Sequence[str], progress: Progress | None) -> tuple["np.
 
 
 def _number_sequences(words: "np.ndarray") -> "np.ndarray":
-    """Number the three words that begin at each word: first the first two, then their number with the third."""
+    """Number each sequence of three words: first its first two words, then the number of these with the third word."""
     import numpy as np
 
     numbers = words
@@ -203,7 +203,7 @@ def _sort_distinct(values: "np.ndarray") -> "np.ndarray":
 
 
 def _split(pairs: "np.ndarray") -> tuple["np.ndarray", "np.ndarray"]:
-    """The upper and the lower halves of numbers."""
+    """The upper and the lower 32 bits of numbers."""
     import numpy as np
 
     return (pairs >> np.uint64(32)).astype(np.uint32), pairs.astype(np.uint32)

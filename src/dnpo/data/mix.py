@@ -33,8 +33,8 @@ class Mixture:
         weights: by name, the share of the training rows that a source gives, relative to the others; null: every source
             gives all of its training rows. Rows are drawn without replacement; held-out rows are all taken.
         rows: number of training rows in all; 0: as many as the weights allow.
-        near_duplicates: remove rows whose prompt resembles one of any source, as each source does; 0 removes only equal
-            prompts.
+        near_duplicates: remove rows whose prompt resembles another at least this much, across all sources; measured as
+            in a single source. 0 removes only equal prompts.
         seed: seed of the draw.
         max_prompt_tokens: longer prompts are dropped; replaces the sources' limits.
         max_response_tokens: maximum length of responses; replaces the sources' limits.

@@ -138,7 +138,11 @@ def parse_csv(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 
 def _separator(head: str) -> str:
-    """The separator: a comma, unless the header is then one cell with another separator or without known names."""
+    """The separator: the comma, or another one if it alone fits the header better.
+
+    Another one fits better if the header has it but no comma, or if it splits the header into at least two known names,
+    and twice as many as the comma does.
+    """
     cells = next(csv.reader([head]), [])
     others = [mark for mark in SEPARATORS if len(cells) == 1 and mark in cells[0]]
     if len(cells) > 1:

@@ -56,7 +56,7 @@ class Seed:
     prompts.
 
     Args:
-        share: size of the seed as a share of all training prompts, which are chosen by a hash of the conversation.
+        share: size of the seed as a share of all training prompts; a hash of the conversation chooses its prompts.
         pairs: how many of the prompts with pairs to use: ``all``, or at most ``share`` of all training prompts.
     """
 
@@ -111,7 +111,7 @@ class Fresh:
     Args:
         shares: sizes of the parts in proportion, such as 8, 20 and 30.
         seed_share: the ``share`` of :class:`Seed`; 0: there is no seed, and part 0 is the first of ``shares``.
-        seed_pairs: its ``pairs``.
+        seed_pairs: the ``pairs`` of :class:`Seed`.
 
     Raises:
         SettingsError: there are no shares.

@@ -1,11 +1,12 @@
 """Turn raw rows of any supported form into prompts with human responses.
 
-* ``prompt`` and ``response``: each a text, or turns with role and content. * ``messages``: a conversation, of which
-``turns`` selects prompt and response. If a row has none of these forms, ``conversations`` (as in ShareGPT, with from
-and value) or ``conversation`` is used instead. * ``prompt``, ``chosen`` and ``rejected``, plain or conversational
-(TRL's preference formats): ``chosen`` is taken as the human response. Conversational ones may hold the whole
-conversation, and then need no ``prompt``. If a row has a pair and ``messages``, the pair is read. ``rejected`` may be
-absent or an empty list. Both sides may have ratings, under any of the names in ``SCORES``.
+* ``prompt`` and ``response``: each a text, or turns with role and content.
+* ``messages``: a conversation, of which ``turns`` selects prompt and response. In a row without any of the other forms,
+  ``conversations`` (as in ShareGPT, with from and value) or ``conversation`` is read in the same way.
+* ``prompt``, ``chosen`` and ``rejected``, plain or conversational (TRL's preference formats): ``chosen`` is taken as
+  the human response. Conversational sides may hold the whole conversation; then ``prompt`` may be absent. If a row has
+  a pair and ``messages``, the pair is read. ``rejected`` may be absent or an empty list. Both sides may have ratings,
+  under any of the names in ``SCORES``.
 
 Turns may be written as JSON text (``forms.py``). A row that has two forms with different contents is refused.
 

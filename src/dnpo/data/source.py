@@ -235,7 +235,7 @@ class Rows(ABC):
         return [name for name in columns if name in wanted]
 
     def _choose_others(self, columns: Collection[str]) -> list[str]:
-        """The unread columns, without columns that are unread on purpose: set to null, or ``rejected`` alone."""
+        """The unread columns, except those left out on purpose: fields set to null, and an unused ``rejected``."""
         unplugged = {field for field, columns in self._columns.items() if not columns}
         read = {*self._choose_columns(columns), *unplugged, "rejected"}
         return [name for name in columns if name not in read]

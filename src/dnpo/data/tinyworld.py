@@ -72,7 +72,7 @@ class TinyWorld:
         myths: probability that a human gives the myth, if there is one; in addition to ``flaws``.
         difficulty: 1 (small numbers, short lists) to 5.
         steps: operations of an arithmetic problem. With 2, complete responses also mention the result of the first one.
-        facts: number of invented facts; those of a smaller number are among them, with other myths.
+        facts: number of invented facts. A larger number adds facts to those of a smaller one, and changes the myths.
         gold_pairs: share of the training rows that have a pair. A second human responds; the response with more points
             is chosen (``human``), the other ``rejected``; with equal points there is no pair. A hash of the
             conversation decides which rows have pairs, so equal conversations go together.

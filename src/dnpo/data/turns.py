@@ -50,7 +50,7 @@ def read_text(place: str, value: Any, *, field: str = "", empty: bool = False) -
 
     Args:
         place: its name in messages, such as ``messages[2].content``.
-        field: its name in the reason, if different.
+        field: its name in the reason of the error, if different.
         empty: whether the text may be blank.
 
     Raises:

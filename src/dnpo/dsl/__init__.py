@@ -1,8 +1,8 @@
 """Labelling: decide which response of a pair is chosen and which is rejected.
 
 A labeller gets the candidates of one prompt with their scores, and returns the pairs to make of them. Candidates are
-the human response, the data's own rejected one, or K generated ones, depending on the labeller. ``strength.py`` has
-how sure a label is.
+the human response, the data's own rejected one, or K generated ones, depending on the labeller. ``strength.py``
+computes how sure a label is.
 """
 
 import random
@@ -83,7 +83,7 @@ class Labeller(Protocol):
         """The lowest score of a right answer, for pass@k; None if pass@k is not computed."""
 
     def __call__(self, prompt: Prompt, candidates: Sequence[Candidate]) -> list[Labelled]:
-        """The pairs to make of the candidates: the human response if it is admitted, then samples by number."""
+        """The pairs to make of the candidates: these are the human response, if admitted, then samples by number."""
 
 
 class Strength(Protocol):
@@ -160,11 +160,10 @@ def label_some(
 ) -> tuple[list[Pair], Counts]:
     """Do the work of :func:`label` for some prompts of an iteration; :func:`add_up` adds up the counts.
 
-    ``generated`` has the responses of the policy, or the data's own rejected ones. Two kinds of samples are left out
-    and counted: a sample with the same tokens as an earlier one (``repeated``), and a sample with the same tokens as
-    the human response, if that is a candidate (``identical``): such a pair carries no signal. If the labeller needs
-    scores, ``unscored`` counts the generated responses without a score, and also those whose human counterpart has
-    none.
+    ``generated`` has the responses of the policy, or the data's own rejected ones. A sample with the same tokens as an
+    earlier one is left out and counted as ``repeated``. If the human response is a candidate, a sample with its tokens
+    is left out and counted as ``identical``, since a pair of equal responses carries no signal. If the labeller needs
+    scores, ``unscored`` counts the samples without a score, and those whose human counterpart has none.
     """
     prompt_of, human_of = {row.id: row for row in prompts}, {row.id: row for row in human}
     score_of = {(v.id, v.source, v.sample): v.score for v in verdicts}
@@ -253,7 +252,7 @@ def _by_prompt(responses: Iterable[Response]) -> dict[str, list[Response]]:
     return {id: sorted(some, key=lambda response: response.sample) for id, some in found.items()}
 
 
-# --- labellers: against the human response, or, those that do not admit it, among generated responses
+# --- labellers, which compare generated responses with the human one or with each other
 
 
 class AgainstHuman:
@@ -402,7 +401,7 @@ class Right(AmongGenerated):
     """The right answers alone, at most ``cap`` a prompt (ReST-EM).
 
     Args:
-        cap: how many right answers a prompt may give; 0: all. The seed draws them.
+        cap: maximum number of right answers for each prompt, drawn at random; 0: all.
         score: lowest score of a right answer.
         seed: seed of that draw, together with the prompt's id.
     """
@@ -417,7 +416,7 @@ class Right(AmongGenerated):
 
     @property
     def right_from(self) -> float | None:
-        """``score``."""
+        """The setting ``score``."""
         return self.score
 
     def __call__(self, prompt: Prompt, candidates: Sequence[Candidate]) -> list[Labelled]:

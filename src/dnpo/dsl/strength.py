@@ -62,7 +62,7 @@ class AskedStrength:
 
 
 def with_strengths(pairs: Sequence[Pair], strengths: Sequence[float]) -> list[Pair]:
-    """The pairs with their strengths. A pair of less than ½ is turned around, so that p is at least ½.
+    """The pairs with their strengths. A pair with p below ½ is turned around, so that p is at least ½.
 
     The loss of a pair is the same for (y⁺, y⁻, p) and (y⁻, y⁺, 1 − p); hard labels and noise need the more likely
     order.

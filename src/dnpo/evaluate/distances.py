@@ -55,7 +55,7 @@ def overlap(first: Any, second: Any, bins: int = BINS) -> float:
 
 
 def overlap_by_chance(first: Any, second: Any, bins: int = BINS) -> float:
-    """The expected overlap of two such samples from one distribution, the distribution of the pooled samples.
+    """The expected overlap of two samples of these sizes, if both came from the distribution of the pooled samples.
 
     1 − ½ Σ_b E|p_b − q_b|. The difference of two shares is approximately normal with variance v_b = r_b (1 − r_b) (1/n
     + 1/m), where r_b is the pooled share, so E|p_b − q_b| = √(2 v_b / π). For two samples of 1,000 over 30 equally full

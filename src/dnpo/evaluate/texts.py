@@ -131,7 +131,7 @@ def similarity(generated: Sequence[str], positive: Sequence[str], encoder: "Sent
 
     Args:
         generated: texts of the policy.
-        positive: the chosen responses to the same prompts, in the same order, that it was trained on.
+        positive: the chosen responses that the policy was trained on, to the same prompts in the same order.
         encoder: encoder for Sentence-BERT.
 
     Raises:

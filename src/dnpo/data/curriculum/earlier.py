@@ -13,7 +13,7 @@ from dnpo.settings import Count, NonNegative
 
 @dataclass(frozen=True)
 class Accumulate(Curriculum):
-    """The pairs of this iteration and of the last few before it (SPIN paper, section 6.1: of the last one).
+    """The pairs of this iteration and of the last few before it (one in the SPIN paper, section 6.1).
 
     A pair of an earlier iteration that a newer one repeats token for token is left out, so that it counts once, with
     its newest label; ``repeated`` is the number of such pairs. Repetitions within an iteration are kept: the data
@@ -101,7 +101,7 @@ class Mix(Curriculum):
     def __call__(
         self, pairs: Sequence[Pair], history: Sequence[Sequence[Pair]], context: Context
     ) -> tuple[list[Pair], Counts]:
-        """The pairs that each iteration gives, the newest iteration first, each in the order of its labels."""
+        """The pairs that each iteration gives, the newest iteration first; within one, in the order of labelling."""
         shares = self._shares_of(1 + len(history), context.iteration)
         wanted = apportion(len(pairs), shares)
         given: list[list[int]] = []
@@ -138,7 +138,7 @@ def apportion(total: int, shares: Sequence[float]) -> list[int]:
 
 
 def tokens_of(pair: Pair) -> tuple[tuple[int, ...], ...]:
-    """The tokens of a pair: prompt, chosen and rejected response. Pairs with the same tokens train the same."""
+    """The tokens of a pair (prompt, chosen, rejected). Pairs with the same tokens have the same effect in training."""
     return tuple(pair.prompt_ids), tuple(pair.chosen_ids), tuple(pair.rejected_ids)
 
 

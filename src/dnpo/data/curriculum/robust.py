@@ -7,9 +7,9 @@ the largest of K tangents ℓ_k this is a linear programme (methods.md, section 
     max_{a,q}  (1/N) Σ_i Σ_k a_ik ℓ_k(ξ_i − q_ik/a_ik)
     s.t.       (1/N) Σ_i Σ_k |q_ik| ≤ ε,   Σ_k a_ik = 1,   a ≥ 0,   ξ_i − q_ik/a_ik ∈ [ξ_min, 1]
 
-ℓ is convex and decreasing. So moving mass from ξ to ξ_min increases the loss more, per unit of the budget, than moving
-it a part of the way; and it increases the loss more for smaller ξ. So sorting solves the programme: in the order of
-rising ξ, all mass is moved to ξ_min until the budget is spent.
+ℓ is convex and decreasing. So a unit of the budget increases the loss more if it moves mass all the way to ξ_min, not a
+part of the way, and more if the mass comes from a smaller ξ. So sorting solves the programme: in the order of rising ξ,
+all mass is moved to ξ_min until the budget is spent.
 
 Shapes: N pairs, K tangents, P points.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[np.float64]
 
-ROUNDING = 1e-12  # a share of a pair's mass below this gets no separate row
+ROUNDING = 1e-12  # a pair is not split for a smaller share of its mass
 Pieces = Annotated[int, Range(ge=2)]
 FIELDS = [field.name for field in fields(Pair)]
 values_of = attrgetter(*FIELDS)
@@ -84,7 +84,7 @@ class Robust(Curriculum):
         for i, shift in zip(moved.tolist(), (xi_N[moved] - self.xi_min).tolist(), strict=True):
             values = [*values_of(pairs[i])]
             values[at] = shift
-            rows[i] = Pair(*values)  # as replace(), in half its time
+            rows[i] = Pair(*values)  # like replace(), in half the time
         for i in split.tolist():  # at most one
             rows[i : i + 1] = self._split(pairs[i], float(mass_N[i]), float(xi_N[i]) - self.xi_min)
         points_K = tangent_points(self.xi_min, self.pieces)

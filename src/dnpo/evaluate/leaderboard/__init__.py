@@ -66,12 +66,12 @@ class Leaderboard:
         benchmarks: some of ``arc``, ``truthfulqa``, ``winogrande``, ``gsm8k``, ``hellaswag``, ``mmlu`` and ``ifeval``;
             by default all but ``ifeval``. The average needs these six.
         shots: number of examples before each question, by benchmark; by default the paper's.
-        limit: use only this number of items of each of lm-eval's tasks (MMLU has 57); by default all.
+        limit: use only this number of items of each of lm-eval's tasks (MMLU has 57 tasks); by default all.
         batch_size: sequences in a batch.
         tasks: further tasks, groups or tags of lm-eval by name, such as ``[ifeval]``, each with its own number of
-            examples unless ``shots`` names it. The score is the task's first metric, of several tasks their mean.
-        include_path: a folder with your own tasks as lm-eval's YAML files; put their data there too, so that other data
-            are measured again.
+            examples unless ``shots`` names it. The score is the first metric; for several tasks, their mean.
+        include_path: a folder with your own tasks as lm-eval's YAML files. Put their data there too, so that the tasks
+            are measured again when the data change.
 
     Raises:
         SettingsError: there is no such benchmark, or it takes no examples.
@@ -122,7 +122,7 @@ class Leaderboard:
         self.load()
 
     def load(self) -> dict[str, dict[str, Any]]:
-        """Load ``tasks`` with lm-eval: its tasks by the names given.
+        """Load ``tasks`` with lm-eval; return, for each of these names, lm-eval's tasks.
 
         Raises:
             SettingsError: there is no such task.
@@ -143,7 +143,7 @@ class Leaderboard:
         return {"source": source, "shots": self.examples, "limit": self.limit, **self._identity_of_tasks()}
 
     def _identity_of_tasks(self) -> dict[str, Any]:
-        """The tasks, the version of lm-eval that defines them, and the contents of the user's; empty without tasks."""
+        """The tasks, lm-eval's version, and the contents of the folder of the user's own tasks; empty without tasks."""
         if not self.tasks:
             return {}
         shots = {name: count for name, count in (self.shots or {}).items() if name not in BENCHMARKS}
@@ -296,7 +296,7 @@ def measure(policy: "Policy", leaderboard: Leaderboard, report: Report) -> Leade
 def _measure_task(
     lm: Any, name: str, loaded: Mapping[str, Any], limit: int | None
 ) -> tuple[Score, list[BenchmarkItem]]:
-    """Measure one of ``tasks``, or all tasks of a group: by the first metric of each, as lm-eval computes it."""
+    """Measure one of ``tasks`` (a group: all its tasks) by each task's first metric, as lm-eval computes it."""
     from dnpo.evaluate.leaderboard import harness
 
     began = time.monotonic()
@@ -353,12 +353,12 @@ def _item(
     """The result of one of lm-eval's samples, which carries its task's name as ``task``.
 
     Args:
-        metric: lm-eval's metric; by default the benchmark's. Its score is NaN if it is no number for a single item.
+        metric: lm-eval's metric; by default the benchmark's. The score is NaN if an item has no number.
     """
     task, doc = str(sample["task"]), sample["doc"]
     name = str(doc.get("id") or sample["doc_hash"][:16])
     choices = [float(logp) for logp, _ in sample["filtered_resps"]] if _is_choice(sample) else []
-    # argmax of NaNs is the first, so the first choice would count as the answer.
+    # With NaNs, argmax returns the first one, so that choice would count as the answer.
     if not all(map(math.isfinite, choices)):
         raise ModelError(f"{task}, item {name}: the log-likelihoods of the choices are {choices}, expected numbers")
     value = sample.get(metric) if metric else sample[BENCHMARKS[benchmark].metric]

@@ -190,11 +190,11 @@ def _manager(include_path: str | None) -> Any:
 
 
 def of_names(names: Sequence[str], include_path: str | None, shots: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Load tasks, groups or tags of lm-eval: lm-eval's tasks by the name that was asked for.
+    """Load tasks, groups or tags of lm-eval; return, for each of these names, lm-eval's tasks.
 
     Args:
-        include_path: a folder with further definitions, which precede lm-eval's of the same name; its groups have tasks
-            of this folder.
+        include_path: a folder with further definitions, which replace lm-eval's of the same name; a group in it can
+            contain only tasks of this folder.
         shots: number of examples before each question, by name; by default each task's own.
 
     Raises:

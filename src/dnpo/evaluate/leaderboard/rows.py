@@ -4,7 +4,9 @@ A task's items are in ``TASK_test.jsonl``, ``TASK_val.jsonl`` or ``TASK.jsonl`` 
 examples in ``TASK_fewshot.jsonl`` or ``TASK_train_fewshot.jsonl``. Every row may have an ``id``. Other fields:
 
 ==============  ====================================================================================================
-arc_easy        question, choices, answer (number of the right choice); arc_challenge, mmlu too, mmlu with subject
+arc_easy        question, choices, answer (number of the right choice)
+arc_challenge   as arc_easy
+mmlu            as arc_easy, and subject
 winogrande      context_options (two beginnings), continuation, answer
 hellaswag       activity_label, endings, label, and ctx or lm-eval's ctx_a and ctx_b (it capitalises ctx_b)
 gsm8k           question, answer (ending in ``#### NUMBER``)

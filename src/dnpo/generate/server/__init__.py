@@ -23,7 +23,7 @@ class Server:
 
     Args:
         launch: the command that starts it, with ``{policy}`` for a folder with the policy's weights and ``{port}`` for
-            a free port. A stage starts it when it first needs it, and ends it.
+            a free port. A stage starts the server when it first needs one, and ends it.
         base_url: the address of a running server, including ``/v1``. It must have the policy that responds, so a run
             with several responding policies needs ``launch``. Give either this or ``launch``.
         model: name of the model at the server; None: its only model.

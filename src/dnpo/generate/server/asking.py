@@ -90,7 +90,7 @@ class Asker:
             await asyncio.sleep(rest)
 
     async def _attempt(self, client: "AsyncOpenAI", request: Request, seconds: float) -> "Reply | _Trouble":
-        # the whole body is an extra body, since servers accept more parameters than the client
+        # everything is passed as extra_body, since servers accept parameters that the client does not know
         body = {"model": self.model, **request}
         call = client.completions.with_streaming_response.create(
             model=self.model, prompt=request["prompt"], extra_body=body
