@@ -2,7 +2,7 @@
 
     python -m analysis.claims                                     # from what is tracked in ./mlflow.db
     python -m analysis.claims run=true jobs=2                     # first runs the sweeps that are missing
-    python -m analysis.claims exploratory=true seeds=0,1,2,3,4    # runs that are older than the claims, marked
+    python -m analysis.claims exploratory=true seeds=0,1,2,3,4    # also runs older than the claims, marked
     python -m analysis.claims uri=sqlite:///elsewhere.db tag=data.train=4800
     python -m analysis.claims_plan                                # how many seeds and prompts the claims need
 

@@ -1,7 +1,7 @@
 """Compute the outcome of every claim from tracked runs.
 
 Options and settings (``arms`` in the file of claims) decide which runs of a sweep belong to an arm. A run's iteration k
-belongs to its arm only if the parts that define the arm have started at k. So a branch in a sweep such as ``ablation``
+belongs to its arm only if the parts that define the arm have started by k. So a branch in a sweep such as ``ablation``
 contributes only its last iteration, and a chain of ``main`` all of its iterations.
 """
 
@@ -185,7 +185,7 @@ def assess(book: Book, tracked: Tracked, exploratory: bool = False) -> list[Resu
     """Measure every claim, correct the p values over all claims of a role, and decide.
 
     Args:
-        exploratory: whether the runs do not test the claims as they are registered; only marks the results.
+        exploratory: whether there may be runs that do not test the claims as registered; this only marks the results.
     """
     measured = {}
     for claim in book.claims:

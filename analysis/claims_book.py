@@ -27,7 +27,7 @@ class Strict(BaseModel):
 
 
 class Premise(Strict):
-    """A condition on a seed for a claim to apply: in the table of its ``runs``, ``metric`` is at least ``least``."""
+    """A premise of a claim: it applies only to seeds for which ``metric`` of the arm ``runs`` is at least ``least``."""
 
     runs: str
     metric: str
@@ -58,8 +58,8 @@ class Claim(Strict):
         measure: a name in ``claims_measures``.
         a, b: an arm and iterations, such as ``dnpo@1,2,3``, for the mean over these iterations; ``+`` adds several. The
             effect is a − b.
-        role: ``primary`` and ``secondary`` claims have outcomes, each role with its correction; a ``check`` follows
-            from the construction or the mathematics.
+        role: ``primary`` and ``secondary`` claims are tested, with a separate correction for each role; a ``check``
+            follows from the construction or the mathematics.
         relation, target, margin: the region of the effect according to the claim, in its unit.
         sesoi: smallest effect of interest, in the claim's unit: a smaller deviation from the target is negligible.
         control: id of the positive control of a claim of non-inferiority, an earlier claim that must be supported.

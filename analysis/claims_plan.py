@@ -5,8 +5,8 @@
     python -m analysis.claims_plan effect=2                 # how many seeds and prompts find 2 units
 
 The pilot gives the variances of seeds, of prompts and of the rest (``dnpo.stats.intervals.Components``), and nothing
-else: its effects are not used. Every number is for the strictest level of the correction, at which the first claim of a
-role must be found, so claims of which several are true are found more often. Writes ``plan.md`` and ``plan.csv``.
+else: its effects are not used. Every number is for the strictest level of the correction, which the smallest p of a
+role must reach. If several claims of a role are true, they are found more often. Writes ``plan.md`` and ``plan.csv``.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Plan:
         effect: the effect that is asked for, by default the smallest effect of interest.
         seeds_needed: with the planned prompts; None if no number is enough.
         prompts_needed: with the planned seeds; None if no number is enough, or the measure has no prompts.
-        seconds: of the claim's runs of one seed; runs that other claims need too are counted in each.
+        seconds: computing time of the claim's runs of one seed; a run that several claims need counts for each.
     """
 
     claim: Claim
@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--tag", action="append", default=[], metavar="NAME=VALUE", help="a tag or setting that runs must have"
     )
-    options.set_defaults(exploratory=True)  # a pilot is
+    options.set_defaults(exploratory=True)  # a pilot is exploratory
     return options
 
 

@@ -18,8 +18,8 @@ correction is applied to both questions separately, whether there is an effect a
 that was not measured counts with p = 1, so a claim does not become easier to support if fewer claims are measured.
 
 ``at_least`` and ``at_most`` are non-inferiority. Their margin is below the SESOI, and they are supported only if a
-positive control is: another claim by the same measure on the same runs, with a known effect. Otherwise a measure that
-shows nothing would support them.
+positive control is: another claim by the same measure on the same runs, with a known effect. Without the control, a
+measure that detects nothing would support them.
 
 Checks follow from the construction or from the mathematics. They have no correction: their interval lies inside the
 region, as expected, or it does not.
@@ -186,7 +186,7 @@ def decide(
 
     Args:
         band: the effects that are negligible; None if the claim has no SESOI.
-        p, p_negligible: of the test against the region and of the one against the band, after the correction.
+        p, p_negligible: corrected p of the test against the region, and of the test against the band.
         strictly: whether the test against the band is significant at the strictest level of the correction.
     """
     if effect.seeds < LEAST_SEEDS:
@@ -213,7 +213,7 @@ def correct(ps: Sequence[float], role: Role) -> list[float]:
 
 
 def strictest(role: Role, claims: int) -> float:
-    """The level that the smallest p of so many claims of a role must reach; the largest p may need less."""
+    """The level that the smallest p of so many claims of a role must reach; larger ones may have a higher level."""
     return ALPHA if role == "check" else ALPHA / claims
 
 

@@ -1,6 +1,6 @@
 """Tables of the claims' results: Markdown and LaTeX with rounded numbers, CSV and JSON with exact ones.
 
-Primary claims, secondary claims and checks have separate tables, with the numbers that they have in the file.
+Primary claims, secondary claims and checks have separate tables, and are numbered as in the file.
 """
 
 import csv

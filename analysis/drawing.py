@@ -99,7 +99,7 @@ def _write(figure: Figure, title: str, foot: str, handles: Sequence[Any], labels
 
 
 def _measure(labels: Sequence[str], rows: int) -> float:
-    """The approximate width in points of a legend with some rows, which matplotlib fills column by column."""
+    """The approximate width in points of a legend with this number of rows, which matplotlib fills column by column."""
     columns = [labels[first : first + rows] for first in range(0, len(labels), rows)]
     size: float = STYLE["legend.fontsize"]
     beside: float = 0.8 + STYLE["legend.handlelength"] + STYLE["legend.columnspacing"]

@@ -25,7 +25,7 @@ ACROSS = (*(cost.metric for cost in COSTS), KL.metric, LENGTH.metric)
 COLUMNS = len(ACROSS) // 2
 FAINT = 0.45  # opacity of intervals
 WIDE = 44  # letters of a line above a panel
-LEVELS = (1, 3)  # of each power of ten, on a logarithmic scale that would have fewer than two powers of ten
+LEVELS = (1, 3)  # multiples of each power of ten that are marked, if the axis has fewer than two powers of ten
 
 
 def make(runs: Runs) -> DrawnFigure:
@@ -102,7 +102,7 @@ def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None
 
 
 def _name_best(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None:
-    """Draw a line through the methods that are better than all with as little of x, and name them above the panel."""
+    """Draw a line through the methods that are better than all others with x as small; name them above the panel."""
     best: list[Mapping[str, Any]] = []
     for row in sorted(rows, key=lambda row: (row[x], -row[y])):
         if not best or row[y] > best[-1][y]:

@@ -1,4 +1,4 @@
-"""Figure 15 (not in the paper): what labels by a judge gain over labels by origin, by how often they are right."""
+"""Figure 15 (not in the paper): gain of labels by a judge over labels by origin, against how often they are right."""
 
 import sys
 from collections.abc import Mapping, Sequence

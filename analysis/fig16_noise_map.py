@@ -31,7 +31,7 @@ COLOURS = "PuOr"
 
 @dataclass(frozen=True)
 class Place:
-    """A method in a place of the map."""
+    """A method and its place in the map."""
 
     method: str
     flaws: float

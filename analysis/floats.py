@@ -1,4 +1,4 @@
-"""Figures and tables as LaTeX floats, for papers: caption, label, and the packages array, booktabs and graphicx."""
+"""Figures and tables as LaTeX floats with caption and label, for papers that load array, booktabs and graphicx."""
 
 from collections.abc import Sequence
 

@@ -87,7 +87,7 @@ def outcome(which: str, column: str = "score") -> PolicyMeasure:
 
 
 def benchmarks(cells: Cells) -> list[PolicyMeasure]:
-    """The benchmarks that every cell has: some of the paper's six, or the families of the tiny world if there are none.
+    """The benchmarks that every cell has: those of the paper's six, or else the families of the tiny world.
 
     Raises:
         Absent: no benchmark is tracked.
@@ -105,7 +105,7 @@ def benchmarks(cells: Cells) -> list[PolicyMeasure]:
 
 
 def average(measures: Sequence[PolicyMeasure]) -> PolicyMeasure:
-    """The mean over benchmarks. Each counts the same, for any number of items."""
+    """The mean over benchmarks. Each has the same weight, whatever its number of items."""
 
     def items(run: TrackedRun, k: Iteration) -> Items | None:
         parts = [each.items(run, k) for each in measures]

@@ -35,7 +35,7 @@ COMMON = (
     "eval.",
     *(f"generate.{name}" for name in ("_target_", "temperature", "top_")),
 )
-JUDGED = "eval.judge"  # only the judge that evaluates counts, which may be the labelling one
+JUDGED = "eval.judge"  # only the judge that evaluates counts; it may be the labelling one
 SHOWN = 6
 
 
@@ -199,11 +199,11 @@ class Runs:
         return replace(cells, notes=(*cells.notes, f"missing: {', '.join(lacking)}")) if lacking else cells
 
     def named(self, name: Callable[[TrackedRun], str], own: Callable[[str], bool]) -> Cells:
-        """All iterations of every run, by a name of one's own in place of the method's.
+        """All iterations of every run, under names that the caller gives in place of the methods'.
 
         Args:
-            name: what is compared, of a run.
-            own: whether a setting may differ between names.
+            name: returns the name of what is compared in a run.
+            own: returns whether a setting may differ between names.
 
         Raises:
             DataError: the runs are measured by different judges, or differ in other settings.
@@ -324,7 +324,7 @@ def refuse_mixture(
     """Refuse runs that differ in settings that are not compared.
 
     Labels (``dsl.*``) and noise (``npo.*``) may differ between methods but not within one. Every other setting that can
-    change a result must be the same in all runs, except the seed.
+    change a result must be the same in all runs, except the seed and the number of iterations.
 
     Args:
         differing_starts: whether runs of one method may start at different iterations, as branches do.
@@ -379,7 +379,7 @@ def refuse_unlike(runs: Sequence[TrackedRun], name: Callable[[TrackedRun], str] 
     """Refuse runs that begin differently or are measured differently, and different runs of one method.
 
     Args:
-        name: what is compared, of a run; None: the name of its method.
+        name: returns the name of what is compared in a run; None: the name of its method.
 
     Raises:
         DataError: names the settings, their values, and how to narrow the selection.

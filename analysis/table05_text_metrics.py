@@ -1,4 +1,4 @@
-"""Table 5: BLEU, Sentence-BERT and ROUGE-L of generated texts with the positive samples they were trained on."""
+"""Table 5: similarity of generated texts to the positive samples of training, by BLEU, Sentence-BERT and ROUGE-L."""
 
 import sys
 

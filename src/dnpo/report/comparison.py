@@ -23,7 +23,7 @@ class ReportMeasure:
     """A metric by which runs are compared.
 
     Attributes:
-        kind, column: the kind of items and the column whose mean is the metric; "" if it has no items.
+        kind, column: the items whose mean the metric is, and the column with their values; "" if it has no items.
     """
 
     metric: Metric
@@ -44,7 +44,7 @@ FLIPS = ReportMeasure(metric("pairs/flips"))
 
 @dataclass
 class Items:
-    """Results by held-out prompt; each file is read once, and each mean computed once."""
+    """Results by held-out prompt; each file is read once, and each mean is computed once."""
 
     _kept: dict[tuple[str, str], pa.Table | None] = field(default_factory=dict)
     _means: dict[tuple[str, int | str, str], dict[str, float]] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Items:
         return self._kept[run.id, path]
 
     def of(self, run: TrackedRun, iteration: int | str, measure: ReportMeasure) -> dict[str, float]:
-        """Return the mean over samples by prompt: NaN for prompts without one, empty if the measure has no items."""
+        """Return each prompt's mean over its responses: NaN without a value. Empty if the measure has no items."""
         key = (run.id, iteration, measure.metric.name)
         if key not in self._means:
             rows = self.table(run, iteration) if measure.kind else None
@@ -141,7 +141,7 @@ def mean_of(group: Group, iteration: int | str, measure: ReportMeasure, items: I
 
 
 def matrix(group: Group, iteration: int | str, seeds: list[int], measure: ReportMeasure, items: Items) -> Array | None:
-    """Return the results as seeds × items; None if a run has no items, or not those of the first run."""
+    """Return the results as seeds × items; None if a run has no items, or other items than the first run."""
     results = [items.of(group.at(iteration)[seed].run, iteration, measure) for seed in seeds]
     if not results or not all(results) or any(each.keys() != results[0].keys() for each in results):
         return None

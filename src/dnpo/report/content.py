@@ -90,7 +90,7 @@ def _title(selection: Selection, groups: Groups) -> str:
 def _lead(
     groups: Groups, compared: Sequence[MeasureComparison], drawn: Sequence[tuple[str, list[Picture]]], sweep: bool
 ) -> Picture | None:
-    """Return the figure that the page begins with: the response to a setting, all settings, or a run's iterations."""
+    """Return the figure that the page begins with: a measure over one setting, all settings, or a run's iterations."""
     by_heading = dict(drawn)
     ranking = outcome.rank(groups, compared) if sweep else None
     if ranking is not None and OVER_SETTINGS not in by_heading and len(groups.groups) > len(SERIES):

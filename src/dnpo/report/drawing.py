@@ -28,7 +28,7 @@ PLAIN: dict[Any, Any] = {
     "legend.frameon": False,
     "text.parse_math": False,  # show $ in names literally
 }
-MOST_TICKS = 8  # numbers of a setting that are all marked on the axis
+MOST_TICKS = 8  # if a setting has more values, they are not all marked on the axis
 ONE_RUN = "One run: no interval."
 PROGRESS = ("eval/score", "second/score", "eval/accuracy", "eval/loss")  # metrics in the picture of a run's progress
 
@@ -178,7 +178,7 @@ def _dots(axis: Axes, panel: Panel, looks: Mapping[str, Look], joined: bool) -> 
 
 
 def responses(found: Sequence[Response], path: Path, title: str, note: str) -> None:
-    """Draw a measure of the last policies over the settings that take several numbers, one panel each."""
+    """Draw a measure of the last policies over each setting with several numeric values, one panel each."""
     columns = min(len(found), 3)
     rows = -(-len(found) // columns)
     with rc_context(PLAIN):
@@ -193,7 +193,7 @@ def responses(found: Sequence[Response], path: Path, title: str, note: str) -> N
 
 
 def draw_response(axis: Axes, response: Response) -> None:
-    """Draw one measure over one setting, on a logarithmic axis if its numbers span a factor of ten."""
+    """Draw one measure over one setting, on a logarithmic axis if the setting's values span a factor of ten."""
     metric = response.measure.metric
     for (label, points), look in zip(response.lines.items(), choose_looks(response.options).values(), strict=True):
         axis.errorbar(
@@ -212,7 +212,7 @@ def draw_response(axis: Axes, response: Response) -> None:
     numbers = sorted({number for points in response.lines.values() for number, _ in points})
     if numbers[0] > 0 and numbers[-1] >= 10 * numbers[0]:
         axis.set_xscale("log")
-    if response.joined and len(numbers) <= MOST_TICKS:  # those of a search lie anywhere, too close to be marked
+    if response.joined and len(numbers) <= MOST_TICKS:  # a search's values may be too close to mark
         axis.set_xticks(numbers, [f"{number:g}" for number in numbers], minor=False)
         axis.set_xticks([], minor=True)
     if len(response.lines) > 1:

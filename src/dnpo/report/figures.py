@@ -132,7 +132,7 @@ def by_settings(found: "Ranking") -> Picture:
 
 
 def response(found: Response) -> Picture:
-    """Draw a measure of the last policies over a setting that takes several numbers."""
+    """Draw a measure of the last policies over a setting that has several numeric values."""
     metric = found.measure.metric
     with matplotlib.rc_context(PLAIN):
         figure = Figure(figsize=SIZE, layout="constrained")

@@ -206,7 +206,7 @@ def _short(name: str) -> str:
 
 
 def _shorten(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Shorten the numbers of every setting that remain different, such as those of a search."""
+    """Shorten the long numbers of a setting, such as those of a search, if they remain different."""
     columns = []
     for column in zip(*rows, strict=True):
         short = tuple(map(short_number, column))
@@ -223,7 +223,7 @@ def _label(names: Sequence[str], values: Sequence[str]) -> str:
 
 
 def _list_unfinished(runs: Iterable[TrackedRun], finished: Sequence[TrackedRun]) -> list[str]:
-    """Describe the unfinished runs that were not repeated and finished."""
+    """Describe the unfinished runs, except those with the settings and options of a finished run."""
     ids, done = {run.id for run in finished}, [_identity(run) for run in finished]
     left = [run for run in runs if run.id not in ids and _identity(run) not in done]
     return [

@@ -43,7 +43,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Some pairs of one iteration of one run, and how many pairs and flips it had."""
+    """Some pairs of one iteration of one run, and how many pairs and flips the iteration had."""
 
     label: str
     iteration: int
@@ -116,7 +116,7 @@ class Sample:
 
 
 def samples(run: TrackedRun) -> list[Sample]:
-    """Return the answers to the first held-out prompts, as the run tracked them; none of earlier versions."""
+    """Return the answers to the first held-out prompts, as the run tracked them; none for runs of earlier versions."""
     path = run.artifact("samples.json")
     if path is None:
         return []

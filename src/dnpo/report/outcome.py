@@ -32,7 +32,7 @@ def of_run(member: Member, items: Items) -> list[str]:
 
 
 def warnings(groups: Groups, sweep: bool) -> list[str]:
-    """Return the warnings of over-optimisation: a run's, or for each group of a sweep how many runs have one."""
+    """Return the warnings of over-optimisation: a run's own, or for each group of a sweep the seeds that have one."""
     found = []
     for group in groups.groups:
         warned = {

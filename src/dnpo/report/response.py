@@ -1,4 +1,4 @@
-"""Relate the results of a sweep to a setting that takes several numbers, such as ``npo.alpha``."""
+"""Relate the results of a sweep to a setting with several numeric values, such as ``npo.alpha``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from dnpo.settings import CONTENTS
 from dnpo.stats.intervals import Estimate
 from dnpo.tracking.neutral import find_neutral
 
-FEWEST = 3  # numbers of a setting that make a curve
+FEWEST = 3  # values that a setting needs for a curve
 
 
 @dataclass(frozen=True)
 class Response:
-    """A measure of the last policies over a setting.
+    """A measure of the last policies as a function of one setting.
 
     Attributes:
         setting: its dotted name.
-        lines: for each combination of the other settings that vary, the numbers of the setting with the estimates,
-            sorted. If no combination has two numbers, as in a random search, all points are in one line.
+        lines: for each combination of the other settings that vary, the values of this setting, sorted, with the
+            estimates. If no combination has two values, as in a random search, all points are in one line.
         options: the options of dsl and npo of each line.
         joined: whether lines join the points.
     """
@@ -32,7 +32,7 @@ class Response:
 
 
 def find_responses(groups: Groups, measure: ReportMeasure, items: Items) -> list[Response]:
-    """Return the response to every setting that takes at least three numbers in the sweep."""
+    """Return the measure over every setting that has at least three numeric values in the sweep."""
     found = []
     varying = _list_varying(groups)
     for name in varying:
@@ -60,7 +60,7 @@ def find_responses(groups: Groups, measure: ReportMeasure, items: Items) -> list
 
 
 def _list_varying(groups: Groups) -> list[str]:
-    """Return the settings that distinguish groups, and those with another number in each group, as in a search."""
+    """Return the settings that distinguish groups, and those with a different number in each group, as in a search."""
     params = {name for group in groups.groups for name in group.members[0].run.params}
     neutral = {name for group in groups.groups for name in find_neutral(group.members[0].run.params)}
     aside = {*groups.varies, *neutral, "seed"}

@@ -36,8 +36,8 @@ def select(database: Database, given: str) -> Selection:
     """Find a run or a sweep. If several sweeps have the name, select the newest: others may have other settings.
 
     Args:
-        given: a run's id or its beginning, a run's folder, a sweep's name or folder, or the id of a sweep's parent run
-            or its beginning.
+        given: the id of a run or of a sweep's parent run, or the beginning of one; a run's folder; or a sweep's name
+            or folder.
 
     Raises:
         DataError: nothing matches, or more than one run does.

@@ -38,7 +38,7 @@ class KeptPolicy:
         return self.keep == "best" or self.patience > 0
 
     def check(self, run: "Run") -> None:
-        """Refuse a metric that cannot choose, before anything is computed.
+        """Refuse a metric that cannot choose a policy, before anything is computed.
 
         Raises:
             SettingsError: nothing reads the metric, it is unknown, neither of its directions is better, or the run does

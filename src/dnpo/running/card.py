@@ -76,7 +76,7 @@ class SavedPolicy:
 
     @cached_property
     def prompt_settings(self) -> Mapping[str, Any]:
-        """The settings in the key of the prompts stage: names and commits of base model and data, content hashes."""
+        """The settings in the key of the prompts stage: names, commits and content hashes of base model and data."""
         settings: Mapping[str, Any] = manifest(self.prompts)["settings"]
         return settings
 
@@ -92,12 +92,12 @@ class SavedPolicy:
 
     @property
     def shown_base(self) -> str:
-        """The base model for people, as :meth:`show` gives paths."""
+        """The base model as cards name it; see :meth:`show` for paths."""
         given = self.summary["settings"]["model"].get("path")
         return self.show(self.base) if given is None and Path(self.base).is_absolute() else str(given or self.base)
 
     def show(self, path: str | Path) -> str:
-        """Return a path from the run's working folder; cards go to other people."""
+        """Return a path relative to the run's working folder: other people read the cards."""
         return os.path.relpath(path, self.summary["cwd"])
 
     @property

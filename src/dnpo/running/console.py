@@ -18,8 +18,8 @@ from dnpo.escape import for_terminal
 from dnpo.screen import ScreenTable
 from dnpo.wording import duration
 
-NARROW = 79  # columns of the table that a run ends with
-COMPACT = (  # its metrics, the most important ones first; those that do not fit are left out
+NARROW = 79  # characters: the width of the table that a run ends with
+COMPACT = (  # metrics of that table, the most important ones first; those that do not fit are left out
     *("eval/score", "second/score", "leaderboard/average", "eval/accuracy", "eval/win", "eval/lose", "pairs/flips"),
     *("drift/kl", "eval/loss", "stagnation/ks", "loss/policy", "seconds"),
 )
@@ -32,7 +32,7 @@ COLUMNS = (
 )
 BEST = "▸"
 WIDE = 28  # letters of a stage's title
-HEARTBEAT = 60  # seconds without news after which a stage shows how long it has been computing
+HEARTBEAT = 60  # seconds without news after which a stage says so; also between its lines without a terminal
 LONGEST_FAMILY = 6  # letters of a family's name in a heading
 
 StepSink = Callable[[list[dict[str, float]], int], None]
@@ -66,7 +66,7 @@ class _Rate(ProgressColumn):
 
 
 class _Silence(ProgressColumn):
-    """Shows how long a stage has been computing, once it has not advanced for a while."""
+    """Shows how long a stage has not advanced, if that is ``HEARTBEAT`` or longer."""
 
     def render(self, task: Task) -> Text:
         report = task.fields.get("report")
@@ -109,7 +109,7 @@ class Console:
         Args:
             table: the table.
             split: whether to print it in parts as wide as the terminal; each part begins with the first column.
-            fold: whether cells with several words take as many lines as the terminal's width makes them need.
+            fold: whether long cells are wrapped, so that the table fits the terminal's width.
         """
         parts = _split(table, self.rich.width) if split and self.rich.is_terminal else [table]
         for part in parts:
@@ -117,7 +117,7 @@ class Console:
             RichConsole(width=width, highlight=False).print(part)
 
     def table_cut(self, table: ScreenTable) -> None:
-        """Print a table; on a terminal, lines end at its width, with … where something is left out."""
+        """Print a table; on a terminal, lines are cut at its width, and … marks where."""
         if not self.rich.is_terminal:
             self.table(table)
             return

@@ -18,8 +18,8 @@ MEASURED = {
     "eval/accuracy": ("greedy", "right"),
     "eval/loss": ("human", "logprob"),
 }
-BARE = ("eval/loss",)  # in the narrow table without its interval, for which there is no room
-LOSS = "eval/loss"  # evaluations of earlier versions have no results of it by prompt, so no interval
+BARE = ("eval/loss",)  # shown in the narrow table without its interval, since there is no room
+LOSS = "eval/loss"  # has no interval in earlier versions, whose evaluations lack its results by prompt
 
 
 def show_briefly(

@@ -37,7 +37,7 @@ from dnpo.tracking.writing import TrackedSteps, Tracking
 SHOWN_PAIRS = 50
 PROGRESS = "progress.png"  # the figure of a run's measures by iteration
 GENERATED = ("cut", "responses", "tokens", "engine_mean", "engine_max")  # counts and measurements of generation
-TRACKED = 5000  # steps of a training that are tracked with all metrics; MLflow takes milliseconds for each
+TRACKED = 5000  # number of a training's steps that are tracked with all metrics; MLflow takes milliseconds for each
 SATURATED = 0.15  # a step whose mean σ(−margin) is below this counts as saturated
 
 LABELS = {  # how the judge that training learns from compares with the judge of the evaluations
@@ -194,8 +194,8 @@ def overrides() -> list[str]:
 def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, before: int, prefix: str) -> bool:
     """Compute one stage unless it is in the store; return whether it was in the store.
 
-    The run that computes a training stage tracks its steps. A run that reuses the stage names that run in a tag, or
-    tracks the steps again if that run is not in this tracking store.
+    The run that computes a training stage tracks its steps. A run that reuses the stage records the id of
+    that run, or tracks the steps again if that run is not in this tracking store.
 
     Args:
         before: number of training steps in earlier iterations.
@@ -228,7 +228,7 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
 
 
 def thin(row: dict[str, float], total: int) -> dict[str, float]:
-    """Return the metrics to track: all of every n-th training step, and of other steps those that are averaged.
+    """Return the metrics to track: all metrics of every n-th step, and of other steps only those that are averaged.
 
     Args:
         total: number of steps of the training.

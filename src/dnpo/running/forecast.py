@@ -1,6 +1,6 @@
 """Estimate the number and the cost of a run's calls of judges, before anything is sent.
 
-A response that is not generated yet counts as new; its length is estimated by the human response to its prompt.
+A response that is not generated yet counts as new; its length is taken to be that of the human response to its prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from dnpo.tables import read, read_all
 def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[str, Forecast]:
     """Return a forecast for each stage that is still to be computed and asks a judge, by title.
 
-    If several stages ask a question, it counts for the first of them.
+    If several stages ask the same question, it counts for the first of them.
     """
     seen: set[str] = set()
     forecasts: dict[str, Forecast] = {}

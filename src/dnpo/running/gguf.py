@@ -1,4 +1,4 @@
-"""Convert a copy of a policy to GGUF, which llama.cpp and programs that build on it load, by llama.cpp's converter."""
+"""Convert a copy of a policy with llama.cpp's converter to GGUF, the format of llama.cpp and programs built on it."""
 
 import re
 import shutil

@@ -1,8 +1,8 @@
 """Do the work of stages in this process, or in several that torchrun starts, as ``launch=…`` says.
 
-This process keeps the stage's lock, starts ``dnpo.worker`` for each rank, and shows the progress that they report as
-lines. The ranks end when their standard input is closed, so they also end when this process is killed. An error on a
-rank is raised again in this process.
+This process keeps the stage's lock, starts ``dnpo.worker`` for each rank, and shows the progress that the ranks report
+line by line. The ranks end when their standard input is closed, so they also end when this process is killed. An error
+on a rank is raised again in this process.
 """
 
 import json
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FOLDER = ".launch"  # folder in the store for the jobs of ranks
 MARK = "dnpo:"  # begins every line from a rank; other lines come from libraries
-LONGEST = 3000  # characters of a line; a pipe takes so short a line at once, so lines of several ranks do not mix
+LONGEST = 3000  # characters of a line: short enough that a pipe takes it whole, so lines of several ranks do not mix
 GRACE = 20.0  # seconds that processes have to end
 SHOWN = 2000  # number of last characters shown of the output of a failed process
 

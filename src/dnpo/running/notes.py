@@ -116,7 +116,7 @@ def _describe_start(settings: Mapping[str, Any], part: str) -> str:
 
 
 def describe_results(summary: Mapping[str, Any], folder: Path, run: str) -> str:
-    """Describe the results of a run; its page shows the first paragraph even when the note is folded.
+    """Describe the results of a run; MLflow's page shows the first paragraph even when the note is folded.
 
     Args:
         summary: the content of its summary.json.
@@ -276,7 +276,7 @@ def describe_sweep(
 
 
 def comparison(compared: "Sequence[MeasureComparison]") -> str:
-    """Return the tables of a sweep, one after the other by measure."""
+    """Return the tables of a sweep, one for each measure."""
     return "\n".join(line for each in compared for line in [*_comparison_lines(each), ""])
 
 

@@ -29,7 +29,7 @@ Kind = Literal["model", "dataset"]
 
 
 class Pushed(NamedTuple):
-    """A repository, the address of its page, and what it has now."""
+    """A repository: its kind, the address of its page, and what it now contains."""
 
     kind: Kind
     url: str
@@ -50,8 +50,8 @@ def push(
         policy: the policy.
         folder: its copy that :func:`dnpo.running.export.export` wrote; the paths on its card are shortened.
         repo: ``USER/NAME`` or ``NAME``: a model, and a data set of the same name for the pairs.
-        public: whether others may see them; by default a new repository is private, and a public one is refused.
-        say: receives what is left out.
+        public: whether others may see them; if not, a new repository is private, and an existing public one refused.
+        say: receives a message about what is left out.
 
     Raises:
         SettingsError: a file would reveal this machine, or the hub refuses or does not answer.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ERROR, PLAN, PICTURE, RESPONSE, TRAIN = "error.txt", "plan.json", "comparison.png", "response.png", "train"
 COMPARISON, NUMBERS = "comparison.md", "sweep.json"
 SILENT = "it ended with neither a result nor an error; its process was probably killed"
-# not in the callback, since Hydra sends it to other processes
+# not attributes of the callback, since Hydra sends the callback to other processes
 _HELD: list[FileLock] = []
 _STARTED: list[tuple["SweepReport", DictConfig]] = []
 
@@ -96,7 +96,7 @@ def describe_place(sweep: Path, number: int) -> str:
 
 
 def find_varying(sweep: Path, overrides: Sequence[str]) -> list[str]:
-    """Return the overrides of a job that the sweep's command does not give to all jobs, and its seed."""
+    """Return a job's seed, and those of its overrides that the sweep's command does not give to all jobs."""
     try:
         given = yaml.safe_load((sweep / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]["task"]
     except (OSError, KeyError, TypeError, yaml.YAMLError):
@@ -184,7 +184,7 @@ def _gather(sweep: Path, jobs: Sequence[tuple[list[str], dict[str, Any]]]) -> li
 
 
 def _show_spread(numbers: Sequence[Mapping[str, Any]], sweep: Path) -> None:
-    """Show means and standard deviations over seeds, if the comparison with intervals is not there."""
+    """Show means and standard deviations over seeds, if the comparison with intervals is missing."""
     from dnpo.running.console import Console
     from dnpo.screen import ScreenTable
 
@@ -332,7 +332,7 @@ def summarise(groups: "Groups", compared: "Sequence[MeasureComparison]") -> dict
 
 
 def _plain(label: str) -> str:
-    """Return a group's label with the signs that MLflow takes in names."""
+    """Return a group's label with only those characters that MLflow accepts in names."""
     return label.replace(" · ", " ").replace("=", " ")
 
 

@@ -1,6 +1,6 @@
 """Let a policy of a finished run respond to prompts that are typed or read from a file.
 
-Sampling is that of a run: the same prompt, seed and settings give the same response.
+Responses are sampled as in a run: the same prompt, seed and settings give the same response.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ class Speaker:
     room: int
 
     def respond(self, conversations: Sequence[list[Message]], seed: int) -> list[list[Response]]:
-        """Sample responses to conversations that end with a user's turn; those of one conversation are one list.
+        """Sample responses to conversations that end with a user's turn; return a list for each conversation.
 
         Raises:
             DataError: a conversation is longer than the model's context allows.

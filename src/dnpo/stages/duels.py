@@ -150,7 +150,7 @@ class DuelOutcome:
 
     Attributes:
         controlled: the win rate at the same length; None if it was not requested or cannot be computed.
-        why: why it cannot be computed.
+        why: why ``controlled`` cannot be computed.
         apart: mean disagreement between both orders, or between members of an ensemble; None if there is neither.
     """
 

@@ -1,6 +1,6 @@
 """Read and write files that several stages use, and make rows shard by shard.
 
-One shard is in memory, and a killed run loses at most one.
+Only one shard is in memory at a time, and a killed run loses at most one.
 """
 
 import json
@@ -67,7 +67,7 @@ def open_candidates(plan: Plan, inputs: Mapping[str, Path]) -> Sequence[Response
 
 
 def load_pairs(folder: Path) -> Sequence[Pair]:
-    """The pairs of a stage in memory; many pairs without texts, since training reads only token ids and weights."""
+    """The pairs of a stage, in memory. If there are many, texts are left out, which training does not read."""
     pairs = Rows.open([folder / "pairs.parquet"], Pair)
     return list(pairs) if len(pairs) <= SIZE else pairs.load(TRAINED_ON)
 
@@ -159,10 +159,10 @@ def write_trained(
 
 
 class Shards:
-    """The shards of a file, or of several files of the same rows. When all shards are made, each file is joined.
+    """The shards of a file, or of several files of the same rows. When all are made, each file's shards are joined.
 
     Until then they are in ``shards/NAME``. A shard has a file with its facts, which is written last. A hidden file
-    shows that all are made; the store removes it when it closes the folder.
+    shows that all shards are made; the store removes it when it closes the folder.
 
     Args:
         folder: the stage's folder.
@@ -225,7 +225,7 @@ class Shards:
 
 
 class Candidates(NamedTuple):
-    """The prompts of a shard, with their rows of other sequences.
+    """The prompts of a shard, with the rows of other sequences that belong to them.
 
     Attributes:
         held: the prompts, with the human responses.

@@ -117,7 +117,7 @@ class PairSource:
         return self.measured[rollout]
 
     def describe(self, rollout: int) -> str:
-        """The number of judged responses, and its maximum at the end."""
+        """The number of responses judged so far, and the most there can be in the whole training."""
         return f"{self.judged:,} of at most {self.most:,} responses judged" if self.judged else ""
 
     def explain(self) -> str:
@@ -155,8 +155,8 @@ def _read_facts(path: Path) -> Any:
 def describe(responses: Sequence[Rollout], rows: "Sequence[Scored]") -> dict[str, float]:
     """Describe the policy by a rollout: mean score, entropy by token, and divergence from the reference.
 
-    The entropy is the mean of −log p over generated tokens, the divergence the mean of log p − log p_r over the
-    generated sides of the pairs; both are estimates for samples at temperature 1; for other samples they only show
+    The entropy is the mean of −log p over generated tokens; the divergence is the mean of log p − log p_r over the
+    generated sides of the pairs. Both are estimates for samples at temperature 1; for other samples they only show
     trends.
     """
     own = [row for row in responses if row.source != HUMAN and row.logprob is not None]
@@ -303,7 +303,7 @@ class ResponseSource:
         return describe(self.responder.take(rollout, 0), [])
 
     def describe(self, rollout: int) -> str:
-        """The number of judged responses, and its value at the end."""
+        """The number of responses judged so far, and that of the whole training."""
         return f"{self.responder.count_until(rollout + 1):,} of {self.responder.most:,} responses judged"
 
     def explain(self) -> str:
@@ -322,7 +322,7 @@ def train_on_responses(
     frozen: "Policy | None",
     seed: int,
 ) -> tuple[list[dict[str, float]], Facts]:
-    """Train the policy in place on scored responses, by the training that the objective brings.
+    """Train the policy in place on scored responses, with the objective's own method ``train``.
 
     Args:
         train, policy, judge, seed: as in :func:`train_on_pairs`.

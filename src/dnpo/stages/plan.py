@@ -1,7 +1,8 @@
 """The values that describe a run, and the decorator that turns a verb into a stage.
 
-A verb is a function that does the work of one stage. ``loop.py`` calls it with stages, and it returns a stage without
-computing anything. Only when the store computes the stage is the function itself called, with its inputs' folders.
+A verb is a function that does the work of one stage. ``loop.py`` calls the decorated verb with stages, and it returns a
+stage without computing anything. The function itself is called only when the store computes the stage, with the folders
+of the stage's inputs.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

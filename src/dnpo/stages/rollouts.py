@@ -137,7 +137,7 @@ class Responder:
         """The scored responses of a rollout: human ones if they are judged, then the policy's.
 
         Args:
-            step: the policy step that followed when the policy responded.
+            step: the policy step that came next when the policy responded.
         """
         path = self._file(rollout)
         if path.is_file():
@@ -184,7 +184,7 @@ class Responder:
 
         some, folder = self.prompts(rollout), self._responses(rollout)
         folder.mkdir(exist_ok=True)
-        seed = derive(self.seed, "rollout", rollout) if rollout else self.seed  # the first: as for one made ahead
+        seed = derive(self.seed, "rollout", rollout) if rollout else self.seed  # the first: as for responses made ahead
         told: dict[str, Any] = {"source": self.source, "limit": self.limit, "seed": seed, "report": self.report}
         if not self.how.segment:
             return list(hf.generate(self.writer, some.prompts, self.how, **told, folder=folder))

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from dnpo.policy.model import Policy
 
 
-COMPARE = "compare_pairs"  # method of judges that compute the probability that one response is better than another
+COMPARE = "compare_pairs"  # judges with this method compute the probability that one response is the better one
 
 
 @only_if(lambda plan: plan.rollout.generates and not plan.rollout.live)
@@ -93,7 +93,7 @@ def _selection(plan: Plan) -> dict[str, Any]:
 
 
 def _given(plan: Plan) -> dict[str, Any]:
-    """The part of a key that replaces generated responses; empty if responses are generated."""
+    """The choice of prompts and the iteration, if responses are given; the key of generated responses has both."""
     return {} if plan.rollout.generates else {**_selection(plan), "iteration": plan.k}
 
 
@@ -434,7 +434,7 @@ def find_caches(run: Run, plan: Plan, prompts: Stage, frozen: Stage | None, pair
 
 
 def match(run: Run, plan: Plan, *, prompts: Stage, pairs: Stage | None, **others: Stage | None) -> Stage | None:
-    """Lay out the training whose mean shift ``plan.npo`` matches, if any. A run with that noise has the same stage."""
+    """Lay out the training whose mean shift ``plan.npo`` matches, if any; a run with that noise has the same stage."""
     noisy = with_matched_noise(plan)
     if noisy is None:
         return None
@@ -465,7 +465,7 @@ def _evaluation_key(run: Run, plan: Plan | None) -> dict[str, Any]:
 
 
 def sampling_of(run: Run, plan: Plan | None) -> "Sampling":
-    """How to sample new responses to training prompts: like the rejected responses, since both are compared."""
+    """How to sample new responses to training prompts: like the rejected responses, with which they are compared."""
     from dnpo.generate import Ahead, Live
 
     if plan is None or not isinstance(plan.rollout, Ahead):

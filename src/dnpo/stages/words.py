@@ -96,7 +96,7 @@ def _check_average(plan: Plan, plans: Sequence[Plan]) -> None:
 
 
 def _check_live(plan: Plan) -> None:
-    """If pairs are made in training, refuse parts that need all pairs before it; also the reverse."""
+    """Refuse parts that need all pairs before a training that makes them, and objectives that need a live rollout."""
     how, objective = plan.rollout, type(plan.objective).__name__
     if not isinstance(how, Live):
         if not plan.makes_pairs:
@@ -225,7 +225,7 @@ def _check_judge(plan: Plan) -> None:
 
 
 def _check_scores(plan: Plan) -> None:
-    """Refuse parts that read differences of scores as rewards if scores are points or missing."""
+    """Refuse parts that read differences of scores as rewards, where the scores are points or missing."""
     readers = {"strength": plan.strength.reads_scores, "curriculum": plan.curriculum.needs_scores}
     for name in (name for name, reads in readers.items() if reads):
         what = f"{type(getattr(plan, name)).__name__} reads the difference of two responses' scores as a reward in nats"
@@ -261,7 +261,7 @@ def _check_objective(plan: Plan) -> None:
 
 
 def _check_held(plan: Plan) -> None:
-    """Refuse held-out pairs where their loss cannot be measured in training."""
+    """Refuse held-out pairs if their loss cannot be measured in training."""
     how, objective = plan.trainer, type(plan.objective).__name__
     if not how.measures:
         return

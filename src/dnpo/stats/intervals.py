@@ -1,11 +1,11 @@
 """Means of scores over items and seeds, with intervals from a bootstrap or a t distribution.
 
 **t** (``estimate_mean``): one model of crossed random effects gives the interval and the p of a test, so the two cannot
-contradict each other; assumes means that are approximately normal; its intervals are wide if seeds are few.
+contradict each other. It assumes that means are approximately normal. Its intervals are wide if there are few seeds.
 
-**Bootstrap** (``bootstrap``): resamples items and, if there are several, seeds; assumes no distribution. With few
-seeds it is too narrow if seeds vary more than items, for any number of resamples: three seeds can be drawn in
-only ten different ways (``tests/test_comparisons.py`` measures the effect).
+**Bootstrap** (``bootstrap``): resamples items and, if there are several, seeds. It assumes no distribution. With few
+seeds its intervals are too narrow if seeds vary more than items, for any number of resamples: three seeds can be drawn
+in only ten different ways (``tests/test_comparisons.py`` measures the effect).
 
 Shapes: S seeds, I items, K different columns of items, B resamples, X sides, Q quantiles.
 """
@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 LEVEL = 0.95
 RESAMPLES = 10_000
-TOLERANCE = 1e-12  # of the largest number
+TOLERANCE = 1e-12  # relative to the largest number
 BATCH = 4_000_000  # weights at once: 32 MB
-QUANTILES = 2_000  # of a standard error's distribution, for its average
+QUANTILES = 2_000  # of a standard error's distribution, over which averages are taken
 
 Array = npt.NDArray[np.float64]
 
@@ -64,8 +64,8 @@ class Mean:
         number of positive counts estimated from survey data", Survey Methodology 24(2), count clustered answers.
 
         Args:
-            items: number of items, which is n for a share of exactly 0 or 1. Another share without an error, because
-                nothing varies, has no interval.
+            items: number of items, which is n for a share of exactly 0 or 1. Any other share has no interval if its
+                error is 0 because nothing varies.
         """
         from scipy.special import stdtrit
 
@@ -92,7 +92,7 @@ class Mean:
         return Estimate(self.value, self.value / factor, self.value * factor)
 
     def p(self, bound: float = 0.0) -> float:
-        """The p of a two-sided t test against a bound: at most 0.05 exactly if the interval excludes the bound.
+        """The p of a two-sided t test against a bound: at most 0.05 if and only if the interval excludes the bound.
 
         1 if nothing varies, since equal numbers say nothing about further numbers.
         """
@@ -124,7 +124,7 @@ class Mean:
         return float(brentq(lambda effect: self.power(effect, alpha, negligible) - power, 0.0, most))
 
     def power(self, effect: float, alpha: float = 0.05, negligible: float = 0.0) -> float:
-        """The probability that a true mean of this size is detected, with its sign; arguments as above.
+        """The probability that a true mean of this size is detected, with its sign; arguments as in :meth:`detectable`.
 
         The mean is normal with the standard error, whose estimate s has a χ² distribution: P(mean > s · t_{1−α/2}),
         averaged over s, is the upper tail of a noncentral t.
@@ -181,13 +181,13 @@ def estimate_mean(x_SI: Array) -> Mean | None:
     """Estimate the mean over items and seeds. Both are samples, so the interval generalises to new items and seeds.
 
     Crossed random effects of seeds and items: with V₁ the variance of the mean computed from the seeds' means, V₂ from
-    the items' means, and V₁₂ from the residuals, which are in both, the error is √(V₁ + V₂ − V₁₂) and the degrees of
-    freedom are Satterthwaite's, (V₁ + V₂ − V₁₂)² / (V₁²/(S−1) + V₂²/(I−1) + V₁₂²/((S−1)(I−1))). A difference below both
-    V₁ and V₂ is random error, so the variance is at least the smaller of the two, and the degrees of freedom are at
-    least the smaller of S−1 and I−1.
+    the items' means, and V₁₂ from the residuals, which affect both, the error is √(V₁ + V₂ − V₁₂) and the degrees of
+    freedom are Satterthwaite's, (V₁ + V₂ − V₁₂)² / (V₁²/(S−1) + V₂²/(I−1) + V₁₂²/((S−1)(I−1))). V₁ + V₂ − V₁₂
+    is below both V₁ and V₂ only by random error, so the variance is at least the smaller of the two, and the degrees of
+    freedom are at least the smaller of S−1 and I−1.
 
     ``benchmarks/claims_power.py`` simulates the size of the test: nominally 5 %, it is 3.5 to 6.5 % with 5 to 12 seeds;
-    with three seeds it is up to 7.2 % where seeds and items vary alike.
+    with three seeds it is up to 7.2 % where seeds and items vary equally.
 
     With one seed the variance is V₂ alone (the one-sample t test over items); with one item it cannot be computed, and
     the result is None.

@@ -170,7 +170,7 @@ def _newton(x_K: Array, won_BK: Array, lost_BK: Array, theta_B: Array, phi_B: Ar
 def _separates(won_BK: Array, lost_BK: Array) -> Flags:
     """Whether some length separates all won duels from all lost ones; at that length both may occur. Shape B.
 
-    The likelihood has no maximum exactly in this case (Albert and Anderson 1984).
+    The likelihood has no maximum in this case, and only in this case (Albert and Anderson 1984).
     """
     last = won_BK.shape[1] - 1
     won, lost = won_BK > 0, lost_BK > 0

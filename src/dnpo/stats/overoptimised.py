@@ -1,6 +1,6 @@
 """Over-optimisation: the score of the judge that training learns from rises, and other measures disagree.
 
-All gains are from the first policy to the last, over the same held-out prompts. What counts is their intervals.
+All gains are from the first policy to the last, over the same held-out prompts. Only their intervals count.
 """
 
 from collections.abc import Mapping

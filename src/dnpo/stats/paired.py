@@ -27,7 +27,7 @@ class Comparison:
     Attributes:
         a, b, difference: means with their 95 % intervals.
         kind: ``right`` for right/wrong, ``scores`` for all else.
-        p: with t intervals the p of the same model, so p ≤ 0.05 exactly if the interval excludes 0; with bootstrap
+        p: with t intervals the p of the same model, so p ≤ 0.05 if and only if the interval excludes 0; with bootstrap
             intervals the largest p of all tests.
         effect: effect size: Cohen's g for right/wrong, Cohen's d_z for scores; None if it cannot be computed.
         detectable: the smallest true difference that 80 % of such comparisons would find at α = 0.05, without
@@ -65,8 +65,8 @@ def compare_paired(
 ) -> Comparison:
     """Compare two sides' results on the same items.
 
-    With one seed there is McNemar's exact test for right/wrong and Wilcoxon's signed-rank test for scores; both
-    generalise to new items, for the two given models. With several seeds there is the same test with an item's seeds
+    With one seed the test is McNemar's exact test for right/wrong, and Wilcoxon's signed-rank test for scores; both
+    generalise to new items, for the two given models. With several seeds it is the same test with an item's seeds
     combined (McNemar's clustered test, or Wilcoxon's on means over seeds). Where seeds vary, it finds differences far
     too often (14 to 73 % instead of 5 % in a simulation), because it does not generalise to repeated trainings; the t
     test over items and seeds does.
@@ -76,9 +76,9 @@ def compare_paired(
             on both sides. True/False or 1/0 for right/wrong.
         kind: kind of result. By default, results that are all 0 or 1 are right/wrong.
         interval: ``bootstrap``: percentiles over items and, if there are several, seeds. ``t``: t intervals over both,
-            better with few seeds. In a simulation, seeds vary more than items; 400 intervals of 95 % are made over 3, 5
-            and 10 seeds each. The truth was in 86, 91 and 94 % of the bootstrap's intervals, and in 93, 94 and 95 % of
-            the t intervals.
+            better with few seeds. In a simulation in which seeds vary more than items, 400 intervals of 95 % were made
+            with each of 3, 5 and 10 seeds. The truth was in 86, 91 and 94 % of the bootstrap's intervals, and in 93, 94
+            and 95 % of the t intervals.
         missing: what happens if an item lacks a result (None or NaN) under some seed: ``fail`` raises an error,
             ``drop`` leaves the item out on both sides and under all seeds, with a note.
         seed: seed of the bootstrap.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def by_prompt(items: "pa.Table", kind: str, column: str) -> dict[str, float]:
-    """Return the mean over a prompt's samples: NaN for prompts without one, empty if no prompt has one.
+    """Return the mean over each prompt's responses: NaN for prompts without a value, empty if no prompt has one.
 
     Args:
         items: rows of :class:`dnpo.records.Item`.
@@ -33,7 +33,7 @@ def by_prompt(items: "pa.Table", kind: str, column: str) -> dict[str, float]:
 
 
 def loss_by_prompt(items: "pa.Table") -> dict[str, float]:
-    """Return the loss of each human response, in units in which their mean is the loss a token.
+    """Return the loss of each human response, scaled so that the mean over responses is the loss per token.
 
     Args:
         items: rows of :class:`dnpo.records.Item`. The result is empty if they lack log-probabilities.

@@ -9,7 +9,7 @@ from dnpo.errors import DataError
 from dnpo.stats.intervals import Array, still
 
 DIGITS = 9  # significant digits of the largest difference; the rest is rounding error, which must not break ties
-FLIPPED = 13  # largest number of items with zeros or ties of which scipy tries all signs
+FLIPPED = 13  # with zeros or ties, scipy tries all signs of at most this many items
 
 
 def mcnemar(only_a: int, only_b: int, variant: Literal["exact", "mid-p", "chi-square"] = "exact") -> float:

@@ -96,8 +96,8 @@ def table(
 
     Args:
         cells: cells by row and column.
-        digits: number of decimals, of all columns or of each.
-        scale: factor for the numbers shown, likewise; 100 shows shares in percent.
+        digits: number of decimals, one for all columns or one for each.
+        scale: factor for the numbers shown, likewise one or one for each column; 100 shows shares in percent.
 
     Raises:
         DataError: a p is not a probability.

@@ -62,9 +62,9 @@ __all__ = [
 ]
 
 Verify = Literal["digests", "sizes"]  # what is compared for a finished stage's files, in addition to their names
-LARGE = 10**10  # bytes whose reading is announced
+LARGE = 10**10  # bytes; reading more than this is announced
 ELSEWHERE = "expected a folder to write to"
-LAYOUT, KEYS = ".layout", "2"  # file with the version of the store's keys; raised when all change
+LAYOUT, KEYS = ".layout", "2"  # file with the version of the store's keys, which is raised when all keys change
 
 
 class Report(Protocol):
@@ -207,7 +207,7 @@ class Store:
             note(f"store.remote={self.remote.address}: fetched {fetched}, published {published} finished stages")
 
     def is_remote(self, stage: Stage) -> bool:
-        """Whether the remote store has the result; False if there is none, or if it does not answer."""
+        """Whether the remote store has the result; False if there is no remote store, or if it does not answer."""
         try:
             return self.remote is not None and self.remote.read_manifest(f"{stage.name}/{stage.key}") is not None
         except (Gone, StoreError):

@@ -13,7 +13,7 @@ from dnpo.store.files import find_changes, list_files, to_json
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # suffix of the folder in which an unfinished stage works
 CHECKSUM = "checksum"
-# the fields of manifests before they had files and a checksum
+# fields of the manifests of earlier versions, which had neither files nor a checksum
 EARLIER = {"stage", "title", "key", "version", "settings", "inputs", "facts", "started", "seconds"}
 
 

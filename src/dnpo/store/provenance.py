@@ -66,7 +66,7 @@ def commit() -> str:
 
 
 def differences(made_by: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, list[str]]]:
-    """Return the differences between the origins of several stages: stages' titles by name and value.
+    """Return the differences between the origins of several stages: the titles of the stages, by name and value.
 
     Args:
         made_by: the origin of each stage, as :func:`describe` recorded it, by title. Names that an origin lacks are
@@ -97,11 +97,11 @@ def _device(torch: Any, setting: str) -> str:
 
 
 def find_cwd(summary: Mapping[str, Any], run: Path) -> str:
-    """Return the working folder of a run, from which the paths in its settings begin.
+    """Return the working folder of a run, to which the paths in its settings are relative.
 
     Args:
-        summary: the content of ``summary.json``, which gives the working folder from the run's folder. Summaries of
-            earlier versions give its absolute path.
+        summary: the content of ``summary.json``, which gives the working folder relative to the run's folder.
+            Summaries of earlier versions give its absolute path.
         run: the run's folder.
     """
     return str(os.path.normpath(run.absolute() / summary["cwd"]))

@@ -222,7 +222,7 @@ class Remote:
                 pass  # it expires
 
     def _acquire(self, path: str, name: str, note: Note) -> bool:
-        """Take the lease; return False if the stage exists in the meantime."""
+        """Take the lease; return False if the stage has been published in the meantime."""
         seen, since, told = "", time.monotonic(), False
         while True:
             with self._asking():
@@ -245,7 +245,7 @@ class Remote:
     def _is_there(self, name: str) -> bool:
         try:
             return self.read_manifest(name) is not None
-        except StoreError:  # the damaged stage is not replaced by what the other machine computes
+        except StoreError:  # it is damaged there, and the other machine's result will not replace it
             return False
 
     def _renew(self, path: str, ended: threading.Event) -> None:
@@ -377,7 +377,7 @@ def _open(scheme: str) -> Any:
             return fsspec.filesystem("file")
         times = {"connect_timeout": 5, "read_timeout": TIMEOUT, "retries": {"total_max_attempts": 2}}
         found = fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=times)
-        found.retries = 2  # each with the attempts above
+        found.retries = 2  # s3fs's own attempts; each makes the attempts above
         return found
     except ImportError as error:
         raise SettingsError("store.remote=s3://…: needs s3fs; pip install 'dnpo[remote]'") from error

@@ -13,7 +13,7 @@ RUNNING = "*It is running; its results will appear here.*"  # in a run's note, u
 
 
 def end_note(note: str, text: str) -> str:
-    """Replace the line in a run's note that it is running by how it ended."""
+    """In a run's note, replace the line that says that it is running with how it ended."""
     return note.replace(RUNNING, text) if RUNNING in note else f"{note}\n\n{text}"
 
 

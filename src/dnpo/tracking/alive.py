@@ -21,8 +21,9 @@ ABANDONED = "**Its process is gone**: it was killed. Finished stages are kept, a
 def close_abandoned(client: Any, experiment: str) -> list[str]:
     """End the runs that are marked as running although their process is gone, and return their ids.
 
-    If MLflow did not answer such a run, its folder has the unsent data. They are sent first; they may include its
-    state. A run whose lock file is on another machine is not changed, since its state is unknown here.
+    If MLflow did not answer such a run, the run's folder has the unsent data. They are sent first, since they may
+    include how the run ended. A run whose lock file is on another machine is not changed, since its state is unknown
+    here.
     """
     closed = []
     for run in client.search_runs([experiment], "attributes.status = 'RUNNING'"):

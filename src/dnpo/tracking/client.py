@@ -18,7 +18,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # by default it retries for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds
 }
-# The errors that are raised contain what these loggers print.
+# What these loggers print is also in the errors that are raised.
 SILENCED = {"alembic": logging.WARNING, "mlflow": logging.ERROR, "urllib3.connectionpool": logging.ERROR}
 SILENCED |= {"mlflow.store.db.utils": logging.CRITICAL}
 
@@ -44,7 +44,7 @@ def connect(uri: str) -> Any:
 
 
 def default_uri() -> str:
-    """Return where runs are tracked unless a command says otherwise: ``MLFLOW_TRACKING_URI``, or a file here."""
+    """Return where runs are tracked by default: ``MLFLOW_TRACKING_URI``, or a file in the working folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
 
 

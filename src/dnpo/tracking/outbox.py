@@ -26,7 +26,7 @@ class Message:
 
     @property
     def way(self) -> str:
-        """Which of the two stores takes the message; one may answer while the other does not."""
+        """The store that takes the message: ``runs`` or ``artefacts``. One may answer while the other does not."""
         return "artefacts" if self.kind == "artifact" else "runs"
 
 
@@ -101,7 +101,7 @@ class Outbox:
 
     Attributes:
         folder: folder of the file; None: messages are kept in memory only.
-        down: which of the two stores did not accept the last message.
+        down: those of the two stores (see :attr:`Message.way`) that did not accept the last message.
     """
 
     folder: Path | None = None
@@ -122,7 +122,7 @@ class Outbox:
                 file.write(_line(message))
 
     def fail(self, way: str, took: float) -> bool:
-        """Note that one of the two stores does not answer; return whether the other one still did."""
+        """Note that one of the two stores does not answer; return whether both answered before."""
         first = not self.down
         self.down.add(way)
         self.next_attempt = time.monotonic() + max(PATIENCE, 5 * took)

@@ -11,7 +11,7 @@ OPTIONS, STAGES, STEPS = "dnpo.options", "dnpo.stages", "dnpo.steps"
 PREFIXES = {OPTIONS: "dnpo.", STAGES: "stage.", STEPS: "steps."}  # of the tags of earlier versions
 ON_PAGE = (
     *("kind", "method", "seed", "sweep_name", "scale", "model", "data", "judge", "commit", "against"),
-)  # remain tags
+)  # these remain tags
 LONGEST = 5900  # characters of a parameter; MLflow takes 6,000
 
 

@@ -109,7 +109,7 @@ class TrackedRun:
         return sorted({**dict(self._read_cached_steps(metric)), **dict(self._source.history(self.id, metric))}.items())
 
     def over_steps(self, metric: str) -> list[tuple[int, float]]:
-        """Return a metric of training steps, as :meth:`history`, but from the run's files: one query less for each."""
+        """Return a metric of training steps, as :meth:`history`, but from the run's files, which saves a query."""
         return sorted(self._read_rows(metric)) or self.history(metric)
 
     def _read_cached_steps(self, metric: str) -> Iterator[tuple[int, float]]:

@@ -65,7 +65,7 @@ def try_file(file: Path) -> None:
     """Check that runs can be written to a file, or that the file can be made, without changing anything.
 
     Raises:
-        TrackingError: they cannot, or it is not a database of MLflow.
+        TrackingError: neither is possible, or the file is not a database of MLflow.
     """
     with explain(file):
         if not file.exists():

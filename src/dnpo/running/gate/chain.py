@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def reference(iterations: "Sequence[Iteration]", plans: "Sequence[Plan]") -> Finding:
     """Check that samples, reference and training of every iteration start from the policies that its plan names.
 
-    When each iteration adds an adapter, it is an easy mistake to use the fine-tuned model as reference.
+    If each iteration adds an adapter, the fine-tuned model is easily taken as reference by mistake.
     """
     wrong: list[str] = []
     initial = iterations[0].policy

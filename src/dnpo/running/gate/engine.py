@@ -51,7 +51,7 @@ def findings(run: "Run", iterations: "Sequence[Iteration]", todo: "Sequence[Stag
 def _servers(
     run: "Run", iterations: "Sequence[Iteration]", todo: "Sequence[Stage]"
 ) -> list[tuple[Server, dict[str, str]]]:
-    """The servers of some stages. Each has the stages whose policies respond: their titles by their keys."""
+    """The servers that the stages ``todo`` ask. Each has its policies: titles of the stages that made them, by key."""
     keys = {stage.key for stage in todo}
     asking: list[tuple[Sampling, Stage]] = []
     for iteration in iterations:

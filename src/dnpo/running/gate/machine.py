@@ -108,7 +108,7 @@ def shape(policy: Policy, lora: Lora, quantisation: Quantisation | None = None) 
 
 
 def state_copies(make: Any) -> int:
-    """Count the numbers that an optimizer keeps per parameter. A step on four parameters is tried."""
+    """Count the numbers that an optimizer keeps per parameter, by trying a step on four parameters."""
     parameter = nn.Parameter(torch.zeros(2, 2))
     parameter.grad = torch.zeros(2, 2)
     try:
@@ -217,7 +217,7 @@ def training_bytes(
         fixed += of.weights
     if (
         optimisation.autocast and of.value > 2 and not of.quantised
-    ):  # the backward pass needs the weights in the type of the products
+    ):  # the backward pass needs a copy of the weights in autocast's type
         fixed += of.weights * 2 / of.value
     if parts > 1:
         fixed = max(fixed / parts, of.weights)

@@ -122,7 +122,7 @@ def live_bytes(plan: Plan, counts: Counts) -> int:
 
 
 def _exports(run: Run, of: ModelShape, counts: Counts) -> bool:
-    """Whether whole weights are written for a server that a stage starts, if its policy is stored differently."""
+    """Whether a stage writes whole weights for a server that it starts, as its policy is stored in another form."""
     engines = [run.generate.engine, *(getattr(plan.rollout, "engine", None) for plan in run.plans)]
     launched = any(engine is not None and engine.launch is not None for engine in engines)
     return launched and (of.adapted or not arrange(run.sft, counts.train, 0))

@@ -150,7 +150,8 @@ def no_eos_where_cut(
 ) -> Finding:
     """Check that only complete responses have an end token; otherwise the end would reveal who wrote them.
 
-    Every row is tried twice, cut at the limit and at half its length: no row may reach the limit.
+    Every row is tried twice, cut at the limit and at half its length, since it is possible that no row reaches the
+    limit.
     """
     wrong = []
     for row in rows:
