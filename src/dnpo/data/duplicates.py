@@ -1,8 +1,8 @@
 """Find near-duplicate texts by the Jaccard index of their sets of three successive words.
 
-Words that occur in more than one of twenty texts (``COMMON``) and in more than ``MANY`` texts belong to a template that
-many texts share, so they do not show similarity. They are left out of the sets, except in a text that has no other
-words.
+Sequences that occur in more than one of twenty texts (``COMMON``) and in more than ``MANY`` texts belong to a template
+that many texts share, so they do not show similarity. They are left out of the sets, except in a text that has no
+others.
 
 The search is exact and deterministic, by prefix filtering (Chaudhuri, Ganti and Kaushik 2006). If the Jaccard index of
 two sets is at least t, a share t of the larger set is in the smaller one. So if all members have one fixed order, the

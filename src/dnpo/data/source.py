@@ -59,8 +59,8 @@ class Rows(ABC):
         sample: number of rows to draw; 0 takes all.
         holdout: share of the rows held out, half for validation and half for test, by a hash of the id.
         near_duplicates: remove rows whose prompt resembles an earlier or a held-out row's at least this much, by the
-            Jaccard index of their sets of three successive words. System turns and words that many prompts have do not
-            count. 0 removes equal prompts only.
+            Jaccard index of their sets of three successive words. System turns, and sequences that many prompts have,
+            do not count. 0 removes equal prompts only.
         seed: seed of the sample.
         max_prompt_tokens: longer prompts are dropped.
         max_response_tokens: maximum length of responses.

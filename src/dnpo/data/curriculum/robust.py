@@ -2,7 +2,7 @@
 
 A pair has ξ = σ(implicit reward of the chosen response − that of the rejected one), and the loss ℓ(ξ) = −log ξ. Among
 all distributions in a 1-Wasserstein ball around the pairs, the worst one maximises the mean loss. With ℓ replaced by
-the largest of K tangents ℓ_k this is a linear programme (methods.md, section 7):
+the largest of K tangents ℓ_k this is a linear programme:
 
     max_{a,q}  (1/N) Σ_i Σ_k a_ik ℓ_k(ξ_i − q_ik/a_ik)
     s.t.       (1/N) Σ_i Σ_k |q_ik| ≤ ε,   Σ_k a_ik = 1,   a ≥ 0,   ξ_i − q_ik/a_ik ∈ [ξ_min, 1]
