@@ -4,16 +4,18 @@
     python -m analysis.claims run=true jobs=2                     # first runs the sweeps that are missing
     python -m analysis.claims exploratory=true seeds=0,1,2,3,4    # also runs older than the claims, marked
     python -m analysis.claims uri=sqlite:///elsewhere.db tag=data.train=4800
+    python -m analysis.claims measured=claims/claims.json run=true      # runs only what that table lacks
     python -m analysis.claims_plan                                # how many seeds and prompts the claims need
 
 Claims are tested only on the seeds that their file fixes and on runs made after the commit of that file.
 
-Writes ``claims.md``, ``claims.csv``, ``claims.json`` and ``claims.tex`` and logs them to MLflow in a separate run;
-``claims.json`` is also logged with the sweeps that were read. The exit status is 1 if no claim could be measured, or if
-a sweep failed.
+Writes ``claims.md``, ``claims.csv``, ``claims.json`` and ``claims.tex``, the effects by seed (``seeds.csv``) and the
+policies of the runs that were read (``runs-SWEEP.csv``), and logs them to MLflow in a separate run; ``claims.json`` is
+also logged with the sweeps that were read. The exit status is 1 if no claim could be measured, or if a sweep failed.
 
 ``claims_book.py`` explains the file of claims, ``claims_rules.py`` the decision rule, and ``claims_registered.py`` says
-which runs test the claims. ``claims_measures.py`` has the measures, and ``claims_assess.py`` computes them from runs.
+which runs test the claims. ``claims_measures.py`` has the measures, ``claims_assess.py`` computes them from runs, and
+``claims_earlier.py`` takes them over from an earlier table.
 """
 
 import argparse
@@ -21,14 +23,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from analysis import claims_tables as tables
 from analysis.claims_assess import Result, Tracked, assess
-from analysis.claims_book import FILE, Book, Sweep, read
+from analysis.claims_book import FILE, Book, Claim, Sweep, read
+from analysis.claims_earlier import NONE, Earlier, SweepRead
+from analysis.claims_earlier import read as read_earlier
 from analysis.claims_registered import Registration
 from analysis.claims_rules import CHECKED, OUTCOMES
+from analysis.claims_runs import to_csv
 from analysis.keeping import log as keep
 from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DnpoError, SettingsError, TrackingError
@@ -38,6 +45,7 @@ from dnpo.tracking.reading import KIND, Database
 from dnpo.wording import plural
 
 BRIEF = "claims-brief.md"
+MARKS = "<!-- claims -->", "<!-- end of claims -->"  # around the tables in a page
 SHOWN = ("scale", "data", "model", "judge")  # options of the runs that the caption gives
 LAUNCHER = "hydra_plugins.hydra_joblib_launcher"
 
@@ -75,6 +83,18 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--tag", action="append", default=[], metavar="NAME=VALUE", help="a tag or setting that runs must have"
     )
+    options.add_argument(
+        "--measured",
+        type=Path,
+        metavar="FILE",
+        help="claims.json of an earlier table: claims whose runs are not tracked here are taken from it",
+    )
+    options.add_argument(
+        "--page",
+        type=Path,
+        metavar="FILE",
+        help="a Markdown file: its part between the marks for claims becomes the tables",
+    )
     options.add_argument("--run", action="store_true", help="first run the sweeps that are missing")
     options.add_argument("--jobs", type=int, default=2, help="parallel jobs of a sweep (%(default)s)")
     options.add_argument(
@@ -98,24 +118,32 @@ def _go(options: argparse.Namespace) -> int:
             "takes all runs, and marks the results"
         )
     where = pair_tags(options.tag)
+    page = None if options.page is None else Page.read(options.page)
+    required = None if options.exploratory else registration
+    earlier = read_earlier(options.measured, book, required) if options.measured else NONE
     failed: list[str] = []
     clock = time.monotonic()
     if options.run:
-        failed = run_missing(book, options, where, seeds or book.seeds)
+        failed = run_missing(book, options, where, seeds or book.seeds, earlier)
+    database = None
     try:
         database = Database(options.uri, options.experiment)
     except TrackingError as error:
-        raise TrackingError(f"{error}. To run the sweeps first: python -m analysis.claims run=true") from error
-    tracked = Tracked.of(book, database, where, seeds, None if options.exploratory else registration)
+        if not earlier.results:
+            raise TrackingError(f"{error}. To run the sweeps first: python -m analysis.claims run=true") from error
+    tracked = Tracked.of(book, database, where, seeds, required)
     began = time.monotonic()
-    results = assess(book, tracked, options.exploratory)
+    results = assess(book, tracked, options.exploratory, earlier.results)
+    sweeps = describe_sweeps(book, tracked, earlier)
     print(
         f"{plural(len(results), 'claim')} measured in {time.monotonic() - began:.0f} s; "
         f"{time.monotonic() - clock:.0f} s in all"
     )
-    scale = f"Measured on: {book.scale}. " if any(tracked.runs.values()) else "No run was found. "
-    about = f"{_registered(book, registration, options.exploratory)} {scale}{_about(book, tracked)}"
-    files = write(results, about, options.out)
+    about = f"{_registered(book, registration, options.exploratory)} {_about(book, sweeps)}"
+    files = write(results, {"about": about, "registered": registration.commit, "sweeps": sweeps}, options.out)
+    files += write_runs(book, tracked, options.out)
+    if page is not None:
+        page.write((options.out / BRIEF).read_text(encoding="utf-8"))
     for place, result in enumerate(results, 1):
         effect = "" if result.effect is None else tables.format_effect(result)
         print(f"{place:3} {result.claim.role:9} {result.outcome:15} {result.claim.id:34} {effect}")
@@ -123,12 +151,42 @@ def _go(options: argparse.Namespace) -> int:
         if "not measured" in remark:
             print(remark)
     print(f"\n{tables.caption(results, about)[0]}\nresults     {options.out}")
-    if not options.no_log:
+    if database is not None and not options.no_log:
         log(database, results, files)
     measured = any(result.effect for result in results)
     if not measured:
         print("error: no claim could be measured", file=sys.stderr)
     return int(bool(failed) or not measured)
+
+
+@dataclass(frozen=True)
+class Page:
+    """A Markdown page with a place for the tables, between ``MARKS``."""
+
+    path: Path
+    before: str
+    after: str
+
+    @classmethod
+    def read(cls, path: Path) -> "Page":
+        """Read a page.
+
+        Raises:
+            SettingsError: it cannot be read, or does not have both marks.
+        """
+        try:
+            before, first, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"page={path}: cannot be read ({error})") from error
+        _, last, after = rest.partition(MARKS[1])
+        if not (first and last):
+            raise SettingsError(f"page={path}: expected a line {MARKS[0]} and, below it, {MARKS[1]}")
+        return cls(path, before, after)
+
+    def write(self, tables: str) -> None:
+        """Write the page with these tables."""
+        first, last = MARKS
+        self.path.write_text(f"{self.before}{first}\n\n{tables}\n{last}{self.after}", encoding="utf-8")
 
 
 def choose_seeds(book: Book, options: argparse.Namespace) -> list[int] | None:
@@ -172,31 +230,51 @@ def pair_tags(given: Sequence[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in given)
 
 
-def _about(book: Book, tracked: Tracked) -> str:
-    """The sweeps, runs, seeds and options that were read, in a sentence."""
-    sweeps = []
+def describe_sweeps(book: Book, tracked: Tracked, earlier: Earlier) -> dict[str, SweepRead]:
+    """What was read of each sweep; of one without runs here, what the earlier table says."""
+    found = {}
     for sweep in book.sweeps:
-        runs, seeds = len(tracked.runs[sweep]), tracked.seeds(sweep)
-        of = f" of seeds {', '.join(map(str, seeds))}" if seeds else ""
+        runs, seeds = tracked.runs[sweep], tracked.seeds(sweep)
+        of = f" of seeds {tables.ranges(seeds)}" if seeds else ""
         short = f", {tracked.unfinished[sweep]} unfinished" if tracked.unfinished[sweep] else ""
         refused = f"; left out: {tracked.refused[sweep]}" if sweep in tracked.refused else ""
-        sweeps.append(f"{sweep} ({plural(runs, 'run')}{of}{short}{refused})")
-    every = [run for runs in tracked.runs.values() for run in runs]
-    options = {part: " and ".join(sorted({run.option(part) or "none" for run in every})) for part in SHOWN}
-    shared = f"; all with {', '.join(f'{part}={value}' for part, value in options.items())}" if every else ""
-    return f"Sweeps read: {'; '.join(sweeps)}{shared}."
+        options = {part: sorted({run.option(part) or "none" for run in runs}) for part in SHOWN} if runs else {}
+        here = SweepRead(text=f"{plural(len(runs), 'run')}{of}{short}{refused}", options=options)
+        found[sweep] = here if runs else earlier.sweeps.get(sweep, here)
+    return found
+
+
+def _about(book: Book, sweeps: Mapping[str, SweepRead]) -> str:
+    """The scale, and the sweeps, runs, seeds and options that were read, in sentences."""
+    listed = "; ".join(f"{name} ({sweep['text']})" for name, sweep in sweeps.items())
+    shared = []
+    for part in SHOWN:
+        values = sorted({value for sweep in sweeps.values() for value in sweep["options"].get(part, [])})
+        shared += [f"{part}={' and '.join(values)}"] if values else []
+    scale = f"Measured on: {book.scale}. " if shared else "No run was found. "
+    return f"{scale}Sweeps read: {listed}{'; all with ' if shared else ''}{', '.join(shared)}."
 
 
 # --- run missing sweeps -----------------------------------------------------------------------------------------------
 
 
-def run_missing(book: Book, options: argparse.Namespace, where: Mapping[str, str], seeds: Sequence[int]) -> list[str]:
-    """Run every sweep with the seeds for which claims lack a run; return the names of the sweeps that failed."""
+def run_missing(
+    book: Book,
+    options: argparse.Namespace,
+    where: Mapping[str, str],
+    seeds: Sequence[int],
+    earlier: Earlier = NONE,
+) -> list[str]:
+    """Run every sweep with the seeds for which claims lack a run; return the names of the sweeps that failed.
+
+    Args:
+        earlier: measurements that need no runs any more.
+    """
     if options.jobs < 1:
         raise SettingsError(f"jobs={options.jobs}: expected 1 or more")
     failed = []
     for name, sweep in book.sweeps.items():
-        lacking = missing_seeds(book, name, options, where, seeds)
+        lacking = missing_seeds(book, name, options, where, seeds, earlier)
         if not lacking:
             print(f"sweep {name}: complete for seeds {', '.join(map(str, seeds))}")
             continue
@@ -216,9 +294,14 @@ def run_missing(book: Book, options: argparse.Namespace, where: Mapping[str, str
 
 
 def missing_seeds(
-    book: Book, sweep: str, options: argparse.Namespace, where: Mapping[str, str], seeds: Sequence[int]
+    book: Book,
+    sweep: str,
+    options: argparse.Namespace,
+    where: Mapping[str, str],
+    seeds: Sequence[int],
+    earlier: Earlier = NONE,
 ) -> list[int]:
-    """The seeds without a finished run that a claim on this sweep needs."""
+    """The seeds without a finished run that a claim on this sweep needs, and that an earlier table lacks too."""
     try:
         database = Database(options.uri, options.experiment)
     except TrackingError:
@@ -226,7 +309,12 @@ def missing_seeds(
     registration = None if options.exploratory else Registration.of(book.path)
     tracked = Tracked.of(book, database, where, seeds, registration)
     claims = [claim for claim in book.claims if claim.sweep == sweep]
-    return [seed for seed in seeds if any(tracked.missing(claim, seed) for claim in claims)]
+
+    def lacks(claim: Claim, seed: int) -> bool:
+        measured = earlier.results.get(claim.id)
+        return bool(tracked.missing(claim, seed)) and (measured is None or seed not in measured.complete)
+
+    return [seed for seed in seeds if any(lacks(claim, seed) for claim in claims)]
 
 
 def sweep_command(name: str, sweep: Sweep, seeds: Sequence[int], options: argparse.Namespace) -> list[str]:
@@ -258,16 +346,32 @@ def _meant(override: str, sweep: str) -> bool:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def write(results: Sequence[Result], about: str, folder: Path) -> list[Path]:
-    """Write the results in all formats and return the files."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(results: Sequence[Result], about: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write the results in all formats and return the files.
+
+    Args:
+        about: ``about``, the sentences on what was read, and whatever else the JSON is to have.
+    """
+    said = about["about"]
     contents = {
-        "claims.md": tables.markdown(results, about),
-        BRIEF: tables.brief(results, about),
+        "claims.md": tables.markdown(results, said),
+        BRIEF: tables.brief(results, said),
         "claims.csv": tables.to_csv(results),
-        "claims.json": tables.as_json(results, {"about": about}),
-        "claims.tex": tables.latex(results, about),
+        "claims.json": tables.as_json(results, about),
+        "claims.tex": tables.latex(results, said),
+        "seeds.csv": tables.seeds_to_csv(results),
     }
+    return _write(folder, contents)
+
+
+def write_runs(book: Book, tracked: Tracked, folder: Path) -> list[Path]:
+    """Write the policies of each sweep that has runs here, and return the files."""
+    found = {f"runs-{sweep}.csv": to_csv(runs, book.arms) for sweep, runs in tracked.runs.items() if runs}
+    return _write(folder, found)
+
+
+def _write(folder: Path, contents: Mapping[str, str]) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         (folder / name).write_text(content, encoding="utf-8")
     return [folder / name for name in contents]

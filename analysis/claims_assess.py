@@ -7,6 +7,7 @@ contributes only its last iteration, and a chain of ``main`` all of its iteratio
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -157,8 +158,13 @@ class Result:
         level: the level of ``detectable``, the strictest one of the correction.
         exploratory: whether runs were used that do not test the claims as they are registered.
         by: the effect by iteration, if both sides have the same iterations.
+        by_seed: the means of a and b over items, by seed.
+        complete: the seeds that have all runs which the claim needs, whether its premise holds for them or not.
+        notes: remarks on the measurement.
+        held_back: why it is undecided although its effect is as claimed.
         reason: why it was not measured.
-        runs: the runs that the measurement used.
+        runs: the runs that the measurement used; none if it was read from an earlier table.
+        commits: the versions that made these runs, of a measurement from an earlier table.
     """
 
     claim: Claim
@@ -171,9 +177,13 @@ class Result:
     level: float = ALPHA
     exploratory: bool = False
     by: Mapping[str, Estimate] = field(default_factory=dict)
+    by_seed: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    complete: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    held_back: tuple[str, ...] = ()
     reason: str = ""
     runs: tuple[TrackedRun, ...] = ()
+    commits: tuple[str, ...] = ()
 
     @property
     def detectable(self) -> float | None:
@@ -181,11 +191,14 @@ class Result:
         return None if self.effect is None else self.effect.detectable(self.level, self.claim.sesoi)
 
 
-def assess(book: Book, tracked: Tracked, exploratory: bool = False) -> list[Result]:
+def assess(
+    book: Book, tracked: Tracked, exploratory: bool = False, earlier: Mapping[str, Result] = MappingProxyType({})
+) -> list[Result]:
     """Measure every claim, correct the p values over all claims of a role, and decide.
 
     Args:
         exploratory: whether there may be runs that do not test the claims as registered; this only marks the results.
+        earlier: measurements of an earlier table, by claim; one counts if the tracked runs have fewer seeds.
     """
     measured = {}
     for claim in book.claims:
@@ -197,6 +210,8 @@ def assess(book: Book, tracked: Tracked, exploratory: bool = False) -> list[Resu
                 result = replace(result, notes=(*result.notes, note))
         except DnpoError as error:
             result = Result(claim, "not measured", reason=str(error))
+        if claim.id in earlier and len(earlier[claim.id].complete) > len(result.complete):
+            result = earlier[claim.id]
         measured[claim.id] = replace(result, exploratory=exploratory)
     decided: dict[str, Result] = {}
     for role in ROLES:
@@ -249,7 +264,7 @@ def _with_gates(result: Result, decided: Mapping[str, Result]) -> Result:
     for name, other in (("positive control", claim.control), ("gate", claim.after)):
         if other and _with_gates(decided[other], decided).outcome != "supported":
             note = f"not supported, because its {name} {other} is {_with_gates(decided[other], decided).outcome}"
-            return replace(result, outcome="undecided", notes=(*result.notes, note))
+            return replace(result, outcome="undecided", held_back=(note,))
     return result
 
 
@@ -265,6 +280,7 @@ def _measure(claim: Claim, tracked: Tracked, methods: bool) -> Result:
     tracked_seeds = tracked.seeds(claim.sweep)
     lacking = {seed: missing for seed in tracked_seeds if (missing := tracked.missing(claim, seed))}
     seeds = [seed for seed in tracked_seeds if seed not in lacking]
+    complete = tuple(seeds)
     if not seeds:
         why = tracked.absent.get(claim.sweep, "") or _lacking(claim.sweep, lacking, tracked.unfinished[claim.sweep])
         if (refused := tracked.refused.get(claim.sweep, "")) and not lacking:
@@ -282,9 +298,18 @@ def _measure(claim: Claim, tracked: Tracked, methods: bool) -> Result:
     else:
         refuse_mixture(runs, differing_starts=True, matters=claim.matters)
     a, b = claim.sides
-    effect = estimate_effect(sample(claim, tracked, seeds, a, b))
-    by = _by_iteration(claim, tracked, seeds)
-    return Result(claim, "undecided", effect, by=by, notes=(*notes, *effect.notes), runs=runs)
+    values = sample(claim, tracked, seeds, a, b)
+    effect = estimate_effect(values)
+    return Result(
+        claim,
+        "undecided",
+        effect,
+        by=_by_iteration(claim, tracked, seeds),
+        by_seed=dict(zip(seeds, values.means(), strict=True)),
+        complete=complete,
+        notes=(*notes, *effect.notes),
+        runs=runs,
+    )
 
 
 def _lacking(sweep: str, lacking: Mapping[int, Sequence[str]], unfinished: int) -> str:

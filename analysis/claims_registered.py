@@ -58,10 +58,10 @@ class Registration:
         """The reason why a run does not test the claims; "" if it does."""
         if self.problem:
             return self.problem
-        origins = _origins(run)
-        if not origins:
+        made_by = origins(run)
+        if not made_by:
             return "it is not known which commit made it"
-        for commit in sorted(origins):
+        for commit in sorted(made_by):
             if not commit:
                 return "it was made outside a git repository"
             contains = self._within(commit.rstrip("+"))
@@ -97,8 +97,8 @@ def describe(objections: Counter[str]) -> str:
     return "; ".join(f"{plural(count, 'run')}: {why}" for why, count in objections.most_common())
 
 
-def _origins(run: TrackedRun) -> set[str]:
-    """The commits that made the stages of a run, its own or reused ones."""
+def origins(run: TrackedRun) -> set[str]:
+    """The commits that made the stages of a run, its own and reused ones; "" is a version outside a repository."""
     try:
         made_by: Sequence[dict[str, object]] = run.summary.get("made_by", [])
     except DataError:  # it did not finish

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from dnpo.errors import DataError
 from dnpo.stats.intervals import Array, Components, Estimate, Mean, Unvaried, estimate_components, estimate_mean, still
@@ -112,6 +113,16 @@ class Sample:
         """The number of seeds."""
         return int(self.a_SI.shape[0])
 
+    @property
+    def whole_I(self) -> npt.NDArray[np.bool_]:
+        """Which items have a value on both sides for every seed."""
+        return np.asarray(np.isfinite(self.a_SI + self.b_SI).all(0), bool)
+
+    def means(self) -> list[tuple[float, float]]:
+        """The means of a and b for each seed, over the items that count."""
+        sides = (self.a_SI[:, self.whole_I].mean(1), self.b_SI[:, self.whole_I].mean(1))
+        return [(float(a), float(b)) for a, b in zip(*sides, strict=True)]
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -152,8 +163,7 @@ def estimate_effect(sample: Sample) -> Effect:
     Raises:
         DataError: no item has a value on both sides for every seed.
     """
-    kept_I = np.isfinite(sample.a_SI + sample.b_SI).all(0)
-    difference_SI = (sample.a_SI - sample.b_SI)[:, kept_I]
+    difference_SI = (sample.a_SI - sample.b_SI)[:, sample.whole_I]
     seeds, items = difference_SI.shape
     notes = []
     prompts = sample.a_SI.shape[1]

@@ -13,6 +13,7 @@ from typing import Any
 from analysis import floats
 from analysis.claims_assess import Result
 from analysis.claims_book import Claim
+from analysis.claims_earlier import keep
 from analysis.claims_rules import ROLES, Role, count_outcomes, rule
 from dnpo.escape import for_csv, for_latex, for_markdown
 from dnpo.stats.intervals import Estimate
@@ -41,7 +42,7 @@ def as_dict(result: Result) -> dict[str, Any]:
     row |= {"p": result.p, "p_adjusted": result.p_adjusted, "p_negligible": result.p_negligible}
     row |= {"p_negligible_adjusted": result.p_negligible_adjusted, "level": result.level}
     row |= {"detectable": result.detectable, "seeds": 0, "items": None, "by_iteration": {}}
-    row |= {"notes": list(result.notes), "reason": result.reason}
+    row |= {"notes": [*result.notes, *result.held_back], "reason": result.reason}
     if effect is not None:
         row |= {
             "effect": effect.estimate.value,
@@ -55,8 +56,8 @@ def as_dict(result: Result) -> dict[str, Any]:
 
 
 def as_json(results: Sequence[Result], about: Mapping[str, Any]) -> str:
-    """The rule, ``about`` and every result, as JSON."""
-    rows = [as_dict(result) for result in results]
+    """The rule, ``about`` and every result, as JSON, also with what a later table needs of them."""
+    rows = [as_dict(result) | keep(result) for result in results]
     tree = {"rule": rule(_roles(results)), **about, "claims": rows}
     return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
@@ -70,6 +71,19 @@ def to_csv(results: Sequence[Result]) -> str:
     for row in rows:
         nested = {k: json.dumps(v, ensure_ascii=False) for k, v in row.items() if isinstance(v, dict | list)}
         writer.writerow({name: for_csv(value) for name, value in (row | nested).items()})
+    return out.getvalue()
+
+
+def seeds_to_csv(results: Sequence[Result]) -> str:
+    """The means of both sides and their difference for each seed of each claim, in the claim's unit."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["id", "role", "sweep", "unit", "seed", "a", "b", "effect"])
+    for result in results:
+        claim = result.claim
+        about = [for_csv(text) for text in (claim.id, claim.role, claim.sweep, claim.unit)]
+        for seed, (a, b) in result.by_seed.items():
+            writer.writerow([*about, seed, *(f"{value:.6g}" for value in (a, b, a - b))])
     return out.getvalue()
 
 
@@ -155,7 +169,11 @@ def remarks(results: Sequence[Result]) -> list[str]:
     """Reasons, notes and caveats, each once, with the numbers of the claims that it concerns."""
     found = []
     for place, result in enumerate(results, 1):
-        texts = [f"not measured: {result.reason}"] if result.reason else [*result.notes, result.claim.caveat]
+        texts = (
+            [f"not measured: {result.reason}"]
+            if result.reason
+            else [*result.notes, *result.held_back, result.claim.caveat]
+        )
         found += [(place, text) for text in texts if text]
     return remarks_by_text(found)
 

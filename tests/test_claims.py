@@ -1,7 +1,10 @@
 """The claims of the papers: measures and rule by worked numbers, the file of claims against the sweeps that it reads,
 and the command on tracked runs whose truth is known."""
 
+import contextlib
+import csv
 import importlib.util
+import io
 import json
 import math
 import re
@@ -20,6 +23,7 @@ import yaml
 from analysis import claims, claims_measures, claims_tables
 from analysis.claims_assess import Tracked, in_force, list_needed_policies
 from analysis.claims_book import FILE, Sweep, Term, read, terms
+from analysis.claims_earlier import read as read_earlier
 from analysis.claims_registered import Registration, describe, split
 from analysis.claims_rules import Effect, Region, Role, Sample, check, correct, decide, estimate_effect, region
 from analysis.selection import refuse_unlike
@@ -535,7 +539,8 @@ def track(
         {"commit": commit, "stages": ["prompts", "iteration 1 · optimise"]},
         {"commit": reused or commit, "stages": ["iteration 0 · optimise"]},
     ]
-    path.write_text(json.dumps({"table": table, "made_by": made_by}))
+    policies = [f"{arm if arm == 'new' and k != 'SFT' else 'old'} {seed} {k}" for k in ("SFT", *range(iterations))]
+    path.write_text(json.dumps({"table": table, "made_by": made_by, "policies": policies}))
     if status == "FINISHED":
         tracking.artifact(path)
     tracking.finish(status)  # type: ignore[arg-type]
@@ -769,7 +774,12 @@ def test_all_formats_agree_and_are_logged(known: Path, tmp_path: Path) -> None:
     brief = (out / claims.BRIEF).read_text()
     assert r"| 1 | 10 % of A\|B\_c &lt; d &amp; so. | > 0 | +" in brief
     assert "| supported (exploratory) |" in brief
-    texts = {p.suffix: p.read_text() for p in out.iterdir() if p.name != claims.BRIEF}
+    texts = {p.suffix: p.read_text() for p in out.glob("claims.*")}
+    assert {p.name for p in out.iterdir()} - {f"claims{suffix}" for suffix in texts} == {
+        claims.BRIEF,
+        "runs-main.csv",
+        "seeds.csv",
+    }
     assert set(texts) == {".md", ".csv", ".json", ".tex"}
     assert r"10 % of A\|B\_c &lt; d &amp; so." in texts[".md"]
     assert re.search(r"\+(9|10)\.\d \(\+9\.\d to \+10\.\d\) points", texts[".md"])
@@ -779,7 +789,7 @@ def test_all_formats_agree_and_are_logged(known: Path, tmp_path: Path) -> None:
     assert "1 supported, 0 contradicted, 0 negligible, 0 undecided, 1 not measured" in texts[".md"]
     assert "Benjamini and Hochberg's over 2 secondary claims" in texts[".md"]
     assert texts[".md"].startswith("**Secondary**")
-    assert "main (7 runs of seeds 0, 1, 2, 3, 1 unfinished); all with scale=smoke," in texts[".md"]
+    assert "main (7 runs of seeds 0-3, 1 unfinished); all with scale=smoke," in texts[".md"]
     database = Database(uri)
     (logged,) = [run for run in database._all if run.tags.get("dnpo.kind") == "claims"]
     assert logged.finished
@@ -795,6 +805,97 @@ def test_all_formats_agree_and_are_logged(known: Path, tmp_path: Path) -> None:
     assert beside.read_text() == texts[".json"]
     assert all(set(report.CLAIM) <= row.keys() for row in json.loads(texts[".json"])["claims"])  # what the report shows
     assert len(database.runs()) == 8  # the logged results are no training run
+
+
+def test_a_table_without_its_runs_decides_as_with_them(tmp_path: Path, database: str) -> None:
+    """Outcomes, p and detectable effects follow from claims.json alone, also where nothing varies."""
+    given: list[dict[str, Any]] = [
+        {"id": "better"},
+        {"id": "worse", "relation": "less"},
+        {"id": "without-control", "relation": "at_least", "margin": 0.5, "control": "worse"},
+        {"id": "identical", "a": "old@1"},
+        {"id": "same-before", "a": "old@0", "b": "old@SFT"},
+        {"id": "number", "measure": "metric", "arguments": {"name": "ks"}},
+        {"id": "premise", "premise": {"runs": "old", "metric": "margin/saturated", "least": 0.5}},
+        {"id": "second", "arguments": {"column": "second"}},
+    ]
+    found = outcomes(tmp_path, database, *given)
+    kept = tmp_path / "kept.json"
+    shutil.copy(tmp_path / "out" / "claims.json", kept)
+    nowhere = f"sqlite:///{tmp_path / 'none.db'}"
+    again = outcomes(tmp_path, nowhere, *given, arguments=("--measured", str(kept)))
+    assert {name for name, row in found.items() if again[name] != row} == {"second"}  # whose reason names the sweep
+    assert again["second"]["outcome"] == "not measured"
+    means = list(csv.DictReader((tmp_path / "out" / "seeds.csv").open()))
+    of = [float(row["effect"]) for row in means if row["id"] == "better"]
+    assert np.mean(of) == pytest.approx(found["better"]["effect"], rel=1e-5)
+    assert "main (7 runs of seeds 0-3, 1 unfinished); all with scale=smoke" in (tmp_path / "out/claims.md").read_text()
+    more = outcomes(tmp_path, database, *given, arguments=("--measured", str(kept), "--seeds", "0"))
+    assert more["better"]["seeds"] == 3, "the tracked runs have fewer seeds than the earlier table"
+
+    kept.write_text(kept.read_text().replace('"target": 0.0', '"target": 1.0', 1))
+    assert "claim better has another target there: 1.0, not 0.0" in refusal(tmp_path, nowhere, kept)
+    kept.write_text("[]")
+    assert "expected the claims.json of an earlier table" in refusal(tmp_path, nowhere, kept)
+
+
+def refusal(tmp_path: Path, uri: str, measured: Path, *arguments: str) -> str:
+    """What the command says as it refuses an earlier table."""
+    command = ["--claims", str(tmp_path / "claims.yaml"), "--uri", uri, "--out", str(tmp_path / "out")]
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert claims.main([*command, "--exploratory", "--measured", str(measured), *arguments]) == 1
+    return said.getvalue()
+
+
+def test_an_earlier_table_counts_only_for_the_claims_as_registered(migrated: Path, tmp_path: Path) -> None:
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    git(tmp_path, "init", "-q")
+    path = write_claims(tmp_path / "claims.yaml", {})
+    registered = commit(tmp_path)
+    for seed in (1, 2, 3):
+        for arm in ("old", "new"):
+            track(tmp_path, arm, seed, commit=registered)
+    out = tmp_path / "out"
+    command = ["--claims", str(path), "--uri", f"sqlite:///{tmp_path / 'mlflow.db'}", "--out", str(out), "--no-log"]
+    assert claims.main(command) == 0
+    kept = shutil.copy(out / "claims.json", tmp_path / "kept.json")
+    (row,) = json.loads(kept.read_text())["claims"]
+    assert (row["complete"], row["commits"]) == ([1, 2, 3], [registered])
+    elsewhere = [*command, "--uri", f"sqlite:///{tmp_path / 'none.db'}", "--measured", str(kept)]
+    assert claims.main(elsewhere) == 0
+    (again,) = json.loads((out / "claims.json").read_text())["claims"]
+    assert again == row
+    options = claims.parser().parse_args(elsewhere)
+    book, earlier = read(path), read_earlier(kept, read(path), Registration.of(path))
+    assert claims.missing_seeds(book, "main", options, {}, [0, 1, 2, 3]) == [0, 1, 2, 3]
+    assert claims.missing_seeds(book, "main", options, {}, [0, 1, 2, 3], earlier) == [0]
+
+    path.write_text(path.read_text() + "# changed after the table\n")
+    commit(tmp_path)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert claims.main(elsewhere) == 1
+    assert f"its claims are of commit {registered[:9]}, not those of claims.yaml of commit" in said.getvalue()
+
+
+def test_policies_of_runs_are_kept_as_rows(tmp_path: Path, database: str) -> None:
+    outcomes(tmp_path, database, {})
+    rows = list(csv.DictReader((tmp_path / "out" / "runs-main.csv").open()))
+    # by seed: fine-tuning, both iterations of old, and of new the one in which its noise acts
+    assert len(rows) == 4 * (1 + 2) + 3
+    assert {row["npo"] for row in rows if row["iteration"] == "1"} == {"off", "trainable"}
+    assert all(float(row["flat"]) == 1.0 for row in rows)
+
+
+def test_tables_replace_what_a_page_has_between_the_marks(tmp_path: Path, database: str) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# Results\n\n{claims.MARKS[0]}\nold\n{claims.MARKS[1]}\n\n## After\n")
+    outcomes(tmp_path, database, {}, arguments=("--page", str(page)))
+    brief = (tmp_path / "out" / claims.BRIEF).read_text()
+    assert page.read_text() == f"# Results\n\n{claims.MARKS[0]}\n\n{brief}\n{claims.MARKS[1]}\n\n## After\n"
+    for wrong in (f"{claims.MARKS[0]}\n", f"{claims.MARKS[1]} {claims.MARKS[0]}"):
+        page.write_text(wrong)
+        outcomes(tmp_path, database, {}, status=1, arguments=("--page", str(page)))
+        assert page.read_text() == wrong
 
 
 def test_an_override_applies_to_every_sweep_or_to_one() -> None:
