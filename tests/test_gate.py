@@ -668,6 +668,7 @@ def test_memory_that_training_needs(sized: Any) -> None:
     small, large = (machine.generating_bytes(of, Sampling(batch_size=n), COUNTS)[1] for n in (8, 16))
     assert large == 2 * small
     assert machine.checkpoint_bytes(of, optimisation, 10) == 2 * (2 * weights + 120)
+    assert machine.checkpoint_bytes(of, trained_by(keep="best"), 0) == 2 * 2 * weights + 3 * weights
     assert machine.policy_bytes(of, 3) == weights
     assert machine.policy_bytes(adapted, 3) == 3 * adapted.trained
 

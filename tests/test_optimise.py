@@ -1045,7 +1045,7 @@ def test_out_of_memory_in_fine_tuning(make_policy: MakePolicy, world: World, tmp
     rows = [(p.id, p.token_ids, r.token_ids) for p, r in zip(world.prompts, world.human, strict=True)][:12]
     with pytest.MonkeyPatch.context() as patch:
         Small(3).put_over(FineTuning, patch)
-        with pytest.raises(OutOfMemoryError, match=r"step 0: out of memory.*micro_batch_size=3 fits"):
+        with pytest.raises(OutOfMemoryError, match=r"step 0: out of memory.* sft\.micro_batch_size=3 fits"):
             fine_tune(make_policy(), rows, how(batch_size=6), seed=0, folder=tmp_path, report=Report())
 
 

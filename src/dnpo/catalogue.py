@@ -125,7 +125,7 @@ LOW = MetricVariant("agreement/", "lower end of the 95 % interval", "low", of="a
 HIGH = MetricVariant("agreement/", "upper end of the 95 % interval", "high", of="agreement/", suffix="_high")
 
 BOARD, TEXTS, DUELS, SERVER = "eval=leaderboard", "eval=texts", "against=…", "generate=server"
-HELD = "trainer.keep=best"
+HELD = "trainer.keep=best or sft.keep=best"
 _ENGINE: tuple[str, int, Literal["lower"]] = ("nats", 6, "lower")  # differences of log-probabilities
 
 GROUPS: tuple[MetricGroup, ...] = (
@@ -296,11 +296,9 @@ GROUPS: tuple[MetricGroup, ...] = (
     MetricGroup(
         "Training",
         (
-            Metric("heldout/loss", "Loss on held-out pairs", "held-out pairs", "", 4, better="lower", needs=HELD),
-            Metric(
-                "heldout/step", "Policy step with the best loss on held-out pairs", "best step", digits=0, needs=HELD
-            ),
-            Metric("heldout/steps", "Policy steps made, if pairs are held out", "steps", digits=0, needs=HELD),
+            Metric("heldout/loss", "Loss on rows held out of training", "held-out rows", "", 4, "lower", needs=HELD),
+            Metric("heldout/step", "Policy step with the best loss on these rows", "best step", digits=0, needs=HELD),
+            Metric("heldout/steps", "Policy steps made, if rows are held out", "steps", digits=0, needs=HELD),
             Metric("loss/policy", "Policy loss", "policy loss", "nats", 4, "lower"),
             Metric("loss/noise", "Noise loss", "noise loss", "nats", 4),
             Metric("loss/variance", "Variance term of the loss", "variance term", "", 4, symbol="α s²"),
@@ -547,7 +545,7 @@ def write_markdown() -> str:
             "| --- | --- | --- | --- | --- | --- |",
         ]
         for each in group.metrics:
-            needs = f"`{each.needs}`" if each.needs else ""
+            needs = " or ".join(f"`{command}`" for command in each.needs.split(" or ") if command)
             title = each.title.replace("<", "&lt;")
             lines.append(f"| `{each.name}` | {title} | {each.unit} | {each.better} | {each.symbol} | {needs} |")
     return "\n".join(lines) + "\n"

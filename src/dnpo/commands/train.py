@@ -147,7 +147,7 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
 
     from dnpo.judges.asked.ledger import Ledger
     from dnpo.stages.plan import Plan, Run
-    from dnpo.stages.words import check_quantised, check_words, judge_of
+    from dnpo.stages.words import check_trainings, check_words, judge_of
 
     def in_force(name: str, k: int) -> Any:
         started: bool = k >= starts.get(name, 0)
@@ -177,7 +177,7 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
         sft_rows=top["sft_rows"],
         augment=parts["augment"],
     )
-    check_quantised(run)
+    check_trainings(run)
     resolved = {**top, **{name: with_contents(settings[name], parts[name], name) for name in parts}}
     for name in VARYING:
         given, part = settings[name], getattr(plans[-1], name)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from dnpo.data.verifiable import points
-from dnpo.errors import DataError
+from dnpo.errors import DataError, SettingsError
 from dnpo.optimise.parts import Optimisation
 from dnpo.policy.question import LETTERS, TINY, ask, check_template
 from dnpo.records import Message, Prompt
@@ -62,7 +62,10 @@ class Augmentation:
         template: the question, as in ``judge.template``.
         labels: how the better response is known: ``rules`` scores all known responses to a conversation by its
             verifiable answer; ``given`` takes the pairs of the data.
-        optimisation: how to train.
+        optimisation: how to train, on all questions.
+
+    Raises:
+        SettingsError: the template lacks a part, or questions would be held out of training.
     """
 
     optimisation: Optimisation
@@ -73,6 +76,11 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         check_template(self.template, "template")
+        if self.optimisation.measures:
+            raise SettingsError(
+                f"optimisation.{self.optimisation.asked}: no questions are held out of this training; only sft and "
+                "trainer have this setting"
+            )
 
     def make_pairs(self, prompts: Sequence[Prompt], seed: int) -> list[Gold]:
         """The pairs for the questions: at most half as many as ``rows``, drawn with the seed.

@@ -37,6 +37,7 @@ class Lessons(Training):
     """Training on questions with known answers: the weighted mean negative log-likelihood of the replies."""
 
     title: ClassVar[str] = "preference augmentation"
+    setting: ClassVar[str] = "augment.optimisation"
     remedy: ClassVar[str] = (
         "lower its learning rate (augment.optimisation.optimizer.lr) or look at these rows. The last checkpoint is kept"
     )

@@ -1,6 +1,6 @@
-"""Hold pairs out of a training, keep the weights with the lowest loss on them, and end training early.
+"""Hold rows out of a training, keep the weights with the lowest loss on them, and end training early.
 
-Which pairs are held out depends on their ids alone. A checkpoint names the step of the best weights. Their file stays
+Which rows are held out depends on their ids alone. A checkpoint names the step of the best weights. Their file stays
 until a checkpoint names another step, so a training that continues after a kill ends with the same weights.
 """
 
@@ -16,34 +16,36 @@ from torch import Tensor, nn
 
 from dnpo import disk, ranks
 from dnpo.errors import SettingsError
-from dnpo.optimise.parts import PairOptimisation
-from dnpo.records import Pair
+from dnpo.optimise.parts import Optimisation
 from dnpo.store import Report
-from dnpo.tables import column
 
 FOLDER = "held"
 METRIC = "heldout/loss"
 
 
-def divide(pairs: Sequence[Pair], used: Sequence[int], how: PairOptimisation) -> tuple[list[int], list[int]]:
-    """Divide the pairs of a training into those to train on and those held out; all pairs of a prompt stay together.
+def divide(
+    read_ids: Callable[[], Sequence[str]], used: Sequence[int], how: Optimisation, setting: str
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Divide the rows of a training into those to train on and those held out; all rows of a prompt stay together.
 
     Args:
-        used: the numbers of the pairs whose weight is not 0.
+        read_ids: returns the ids of the prompts of all rows; called only if rows are held out.
+        used: the numbers of the rows that training reads.
+        setting: the name of ``how`` in messages, such as ``trainer``.
 
     Raises:
-        SettingsError: one of the two parts has no pairs.
+        SettingsError: one of the two parts has no rows.
     """
     if not how.measures:
-        return list(used), []
-    ids = column(pairs, "id")
+        return used, []
+    ids = read_ids()
     apart = [number for number in used if _place(ids[number]) < how.holdout]
     held = set(apart)
     left = [number for number in used if number not in held]
     if not apart or not left:
         raise SettingsError(
-            f"trainer.holdout={how.holdout:g}: holds out {len(apart):,} of {len(used):,} pairs; expected at "
-            "least one, and one to train on"
+            f"{setting}.holdout={how.holdout:g}: holds out {len(apart):,} of {len(used):,} rows; expected at least "
+            "one, and one to train on"
         )
     return left, apart
 
@@ -54,7 +56,7 @@ def _place(id: str) -> float:
 
 
 class HeldOut:
-    """Measures the loss on held-out pairs in training.
+    """Measures the loss on held-out rows in training.
 
     Attributes:
         best: the lowest loss so far.
@@ -63,14 +65,20 @@ class HeldOut:
 
     Args:
         measure: computes the loss.
+        rows: number of held-out rows.
         how: when to measure, what to keep and when to end.
+        setting: the name of ``how`` in messages, such as ``trainer``.
         folder: the training's folder.
         report: receives a note at an early end.
     """
 
-    def __init__(self, measure: Callable[[], float], how: PairOptimisation, folder: Path, report: Report) -> None:
-        self.measure, self.how, self.folder, self.report = measure, how, folder / FOLDER, report
+    def __init__(
+        self, measure: Callable[[], float], rows: int, how: Optimisation, setting: str, folder: Path, report: Report
+    ) -> None:
+        self.measure, self.rows, self.how, self.setting = measure, rows, how, setting
+        self.folder, self.report = folder / FOLDER, report
         self.best, self.at, self.misses = math.inf, 0, 0
+        self._named: int | None = None  # the step of the best weights in the last checkpoint
 
     @property
     def over(self) -> bool:
@@ -96,8 +104,8 @@ class HeldOut:
             self.misses += 1
         if self.over and step < total and ranks.leads():
             self.report.note(
-                f"trainer.patience={self.how.patience}: ends after {step:,} of {total:,} steps; the held-out loss "
-                f"({self.best:.4g} after step {self.at:,}) has not fallen since"
+                f"{self.setting}.patience={self.how.patience}: ends after {step:,} of {total:,} steps; the held-out "
+                f"loss ({self.best:.4g} after step {self.at:,}) has not fallen since"
             )
         return {METRIC: loss}
 
@@ -112,24 +120,22 @@ class HeldOut:
                 weight.copy_(state[name])
         if ranks.leads():
             self.report.note(
-                f"trainer.keep=best: keeps the weights after step {self.at:,} (held-out loss {self.best:.4g})"
+                f"{self.setting}.keep=best: keeps the weights after step {self.at:,} (held-out loss {self.best:.4g})"
             )
 
-    def facts(self, steps: int, total: int, pairs: int) -> dict[str, Any]:
+    def facts(self, steps: int, total: int) -> dict[str, Any]:
         """The facts for the stage's manifest.
 
         Args:
             steps: number of policy steps made.
             total: number of planned steps.
-            pairs: number of held-out pairs.
         """
-        return {"loss": self.best, "step": self.at, "steps": steps, "planned": total, "pairs": pairs}
+        return {"loss": self.best, "step": self.at, "steps": steps, "planned": total, "rows": self.rows}
 
     def tidy(self) -> None:
         """Remove weights that are no longer the best; called once a checkpoint names the best."""
-        for path in self.folder.glob("*.pt") if self.folder.is_dir() else ():
-            if path != self._path:
-                path.unlink()
+        self._named = self.at
+        self._remove_others()
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint."""
@@ -138,16 +144,24 @@ class HeldOut:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.best, self.at, self.misses = state["best"], state["at"], state["misses"]
+        self._named = self.at
 
     @property
     def _path(self) -> Path:
         return self.folder / f"{self.at}.pt"
+
+    def _remove_others(self) -> None:
+        """Remove all weights but the best, and those that the last checkpoint names."""
+        for path in self.folder.glob("*.pt") if self.folder.is_dir() else ():
+            if path.stem not in (str(self.at), str(self._named)):
+                path.unlink()
 
     def _save(self, module: nn.Module) -> None:
         self.folder.mkdir(exist_ok=True)
         aside = disk.name_aside(self._path)
         torch.save({name: weight.detach().cpu() for name, weight in _trained(module).items()}, aside)
         disk.replace(aside, self._path)
+        self._remove_others()
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:

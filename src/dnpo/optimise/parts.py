@@ -475,6 +475,15 @@ class Optimisation:
         compile: compile the model's body by torch.compile.
         parallel: with several processes (``launch=torchrun``), each has all weights (``replicated``), or only a part of
             the weights, gradients and optimizer states (``sharded``).
+        keep: the weights after the ``last`` step, or the ``best``: those with the lowest loss on held-out rows, which
+            may be the weights before training.
+        patience: training ends after this many measurements in a row without a lower loss on held-out rows; 0: it
+            makes all steps.
+        measure_every: policy steps between measurements of that loss, if ``keep`` or ``patience`` asks for them.
+        holdout: share of the prompts whose rows are then held out of training.
+
+    Raises:
+        SettingsError: there would be no rows to measure, or no steps to choose among.
     """
 
     optimizer: Bound
@@ -490,6 +499,33 @@ class Optimisation:
     checkpointing: bool = neutral(False)
     compile: bool = neutral(False)
     parallel: Literal["replicated", "sharded"] = neutral("replicated")
+    keep: Literal["last", "best"] = "last"
+    patience: Natural = 0
+    measure_every: Count = 50
+    holdout: Fraction = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.measures:
+            return
+        if not 0 < self.holdout < 1:
+            raise SettingsError(f"holdout={self.holdout:g}: expected more than 0 and less than 1 with keep or patience")
+        if not self.epochs and not self.steps:
+            raise SettingsError(f"{self.asked}: has an effect only with epochs or steps")
+
+    @property
+    def measures(self) -> bool:
+        """Whether the loss on held-out rows is measured in training."""
+        return self.keep == "best" or self.patience > 0
+
+    @property
+    def asked(self) -> str:
+        """The setting that asks for this loss, for messages."""
+        return "keep=best" if self.keep == "best" else f"patience={self.patience}"
+
+    def identity(self) -> Mapping[str, Any]:
+        """All settings that change results; those of held-out rows only if they are measured."""
+        own = ("keep", "patience", "measure_every", "holdout")
+        return {name: each for name, each in settings_key(self).items() if self.measures or name not in own}
 
     @property
     def rows_at_once(self) -> int:
@@ -531,33 +567,6 @@ class PairOptimisation(Optimisation):
 
     Args:
         share_prompt: compute the prompt of a pair once for both responses.
-        keep: the weights after the ``last`` step, or the ``best``: those with the lowest loss on held-out pairs, which
-            may be the weights before training.
-        patience: training ends after this many measurements in a row without a lower loss on held-out pairs; 0: it
-            makes all steps.
-        measure_every: policy steps between measurements of that loss, if ``keep`` or ``patience`` asks for them.
-        holdout: share of the prompts whose pairs are then held out of training.
-
-    Raises:
-        SettingsError: there would be no pairs to measure, or to train on.
     """
 
     share_prompt: bool = neutral(True)
-    keep: Literal["last", "best"] = "last"
-    patience: Natural = 0
-    measure_every: Count = 50
-    holdout: Fraction = 0.1
-
-    def __post_init__(self) -> None:
-        if self.measures and not 0 < self.holdout < 1:
-            raise SettingsError(f"holdout={self.holdout:g}: expected more than 0 and less than 1 with keep or patience")
-
-    @property
-    def measures(self) -> bool:
-        """Whether the loss on held-out pairs is measured in training."""
-        return self.keep == "best" or self.patience > 0
-
-    def identity(self) -> Mapping[str, Any]:
-        """All settings that change results; those of held-out pairs only if they are measured."""
-        own = ("keep", "patience", "measure_every", "holdout")
-        return {name: each for name, each in settings_key(self).items() if self.measures or name not in own}

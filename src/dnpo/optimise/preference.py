@@ -5,7 +5,7 @@ the policy is the reference before the first update. Shapes as in ``objective.py
 sequences, the chosen ones first.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -33,7 +33,7 @@ from dnpo.optimise.objective import (
 )
 from dnpo.optimise.parts import Optimisation, PairOptimisation, watches
 from dnpo.optimise.reference import KeptHidden
-from dnpo.optimise.steps import Batches, Slice, arrange
+from dnpo.optimise.steps import Batches, Row, Slice, arrange
 from dnpo.optimise.training import Training, fit, has_checkpoint, make_fused
 from dnpo.optimise.watch import Moments, Seen, States, Watch, measure_moments
 from dnpo.policy.logprobs import Head, token_logps
@@ -41,7 +41,7 @@ from dnpo.policy.model import Policy, by_length
 from dnpo.policy.packing import Packed, pack
 from dnpo.records import Pair, ReferenceLogps
 from dnpo.store import Report
-from dnpo.tables import Made, lengths
+from dnpo.tables import Made, column, lengths
 
 # Tolerance of log-ratios before the first update, in nats. The compared batches differ in shape, and with bf16
 # products the error of each token is about a hundredth.
@@ -52,6 +52,7 @@ class FineTuning(Training):
     """Supervised fine-tuning on human responses: the mean negative log-likelihood of their tokens."""
 
     title = "supervised fine-tuning"
+    setting = "sft"
     remedy = "lower its learning rate (sft.optimizer.lr) or look at these rows. The last checkpoint is kept"
 
     policy: Policy
@@ -61,6 +62,15 @@ class FineTuning(Training):
         packed = batch.packed
         loss = negative_log_likelihood(token_logps(self.policy.hidden(packed), self.policy.head, packed.target_N))
         return loss, {"loss/policy": loss}
+
+    def measure(self, batches: Iterable[Batch]) -> float:
+        """The mean loss over the completion tokens of all rows."""
+        total, tokens = 0.0, 0
+        for batch in batches:
+            loss, _ = self.terms(batch)
+            total += float(loss) * len(batch.packed.target_N)
+            tokens += len(batch.packed.target_N)
+        return total / tokens
 
 
 @dataclass(frozen=True)
@@ -164,18 +174,14 @@ class PreferenceTraining(Training):
             metrics |= {"loss/noise": terms.noise, "loss/variance": terms.variance, "npo/at_bound": at_bound}
         return terms.total, metrics
 
-    @torch.no_grad()
-    def measure(self, batches: Iterable[PairBatch]) -> float:
+    def measure(self, batches: Iterable[Batch]) -> float:
         """The mean loss of pairs, by their weights, without noise."""
         total = weight = 0.0
-        device = self.policy.device
-        products = torch.autocast(device.type, torch.bfloat16, enabled=self.optimisation.autocast)
-        with self.policy.evaluating(), products:
-            for batch in (each.to(device) for each in batches):
-                policy = self._logps(batch, self.policy.hidden(batch.packed))
-                loss_B = self.objective(policy, batch.reference, batch.facts)
-                total += float((loss_B * batch.facts.weight_B).sum())
-                weight += float(batch.facts.weight_B.sum())
+        for batch in cast(Iterable[PairBatch], batches):
+            policy = self._logps(batch, self.policy.hidden(batch.packed))
+            loss_B = self.objective(policy, batch.reference, batch.facts)
+            total += float((loss_B * batch.facts.weight_B).sum())
+            weight += float(batch.facts.weight_B.sum())
         return total / weight
 
     def _logps(self, batch: PairBatch, hidden_NH: Tensor) -> PairLogps:
@@ -309,6 +315,7 @@ def fine_tune(
     seed: int,
     folder: Path,
     report: Report,
+    facts: dict[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Train the policy in place on human responses.
 
@@ -319,9 +326,13 @@ def fine_tune(
         seed: seed of the order of the rows.
         folder: folder for checkpoints; training continues from one that it has.
         report: receives the progress.
+        facts: receives facts about held-out rows, if their loss is measured.
 
     Returns:
         A row of metrics for each policy step.
+
+    Raises:
+        SettingsError: no row is left to hold out or to train on.
     """
 
     def collate(piece: Slice[tuple[str, list[int], list[int]]]) -> Batch:
@@ -330,9 +341,15 @@ def fine_tune(
         share = sum(len(r[2]) for r in some) / sum(len(r[2]) for r in piece.group)
         return Batch(pack([r[1] for r in some], [r[2] for r in some]), tuple(r[0] for r in some), share)
 
-    groups = arrange(optimisation, len(rows), seed)
+    used, apart = divide(lambda: [row[0] for row in rows], range(len(rows)), optimisation, FineTuning.setting)
+    known = Made(len(used), lambda n: rows[used[n]])
+    groups = arrange(optimisation, len(known), seed)
     module = FineTuning(policy, optimisation, len(groups), report)
-    return fit(module, Batches(rows, groups, optimisation.rows_at_once, collate), folder)
+    if apart:
+        _hold_out(module, [rows[i] for i in apart], collate, folder)
+    history = fit(module, Batches(known, groups, optimisation.rows_at_once, collate), folder)
+    _add_facts(facts, module)
+    return history
 
 
 def optimise(
@@ -371,7 +388,7 @@ def optimise(
         expected: the policy's log-probabilities of the first step's pairs before training, by number, from
             :func:`score_first`; None if the reference is the policy before training.
         average, reads_average: as in :class:`PreferenceTraining`.
-        facts: receives facts about held-out pairs, if their loss is measured.
+        facts: as in :func:`fine_tune`.
 
     Returns:
         A row of metrics for each policy step.
@@ -382,7 +399,7 @@ def optimise(
         NonFiniteLossError: the loss became NaN or infinite.
         OutOfMemoryError: a step does not fit into memory.
     """
-    used, apart = divide(pairs, with_weight(pairs), optimisation)
+    used, apart = _divide(pairs, optimisation)
     first = reference if expected is None else expected
 
     def choose(numbers: Sequence[int]) -> Made[Scored]:
@@ -425,14 +442,38 @@ def optimise(
     )
     if apart:
         plain = Collate(Reading(reads.rejected, False, False), optimisation.share_prompt, seed, lambda some: None, None)
-        held = tuple(choose(apart))
-        size = optimisation.rows_at_once
-        parts_of_held = [Slice(0, held[i : i + size], held) for i in range(0, len(held), size)]
-        module.held = HeldOut(lambda: module.measure(map(plain, parts_of_held)), optimisation, folder, report)
+        _hold_out(module, choose(apart), plain, folder)
     history = fit(module, Batches(rows, groups, optimisation.rows_at_once, collate), folder)
-    if module.held is not None and facts is not None:
-        facts["held_out"] = module.held.facts(len(history), len(groups), len(apart))
+    _add_facts(facts, module)
     return history
+
+
+def _divide(pairs: Sequence[Pair], optimisation: PairOptimisation) -> tuple[Sequence[int], Sequence[int]]:
+    """The numbers of the pairs to train on and of those held out, without pairs whose weight is 0."""
+    return divide(lambda: column(pairs, "id"), with_weight(pairs), optimisation, PreferenceTraining.setting)
+
+
+def _hold_out(
+    module: FineTuning | PreferenceTraining, rows: Sequence[Row], collate: Callable[[Slice[Row]], Batch], folder: Path
+) -> None:
+    """Have a training measure the loss on these rows, in evaluation mode."""
+    policy, how = module.policy, module.optimisation
+    held, size = tuple(rows), how.rows_at_once
+    parts = [held[i : i + size] for i in range(0, len(held), size)]
+
+    @torch.no_grad()
+    def measure() -> float:
+        products = torch.autocast(policy.device.type, torch.bfloat16, enabled=how.autocast)
+        with policy.evaluating(), products:
+            return module.measure(collate(Slice(0, part, part)).to(policy.device) for part in parts)
+
+    module.held = HeldOut(measure, len(held), how, module.setting, folder, module.report)
+
+
+def _add_facts(facts: dict[str, Any] | None, module: Training) -> None:
+    """Add the facts about held-out rows, if there are any."""
+    if module.held is not None and facts is not None:
+        facts["held_out"] = module.held.facts(len(module.history), module.total)
 
 
 def optimise_live(
@@ -550,7 +591,7 @@ def score_first(
     With them, training checks that it begins with this policy. A training that continues from a checkpoint has passed
     this check already.
     """
-    used, _ = divide(pairs, with_weight(pairs), optimisation)
+    used, _ = _divide(pairs, optimisation)
     groups = arrange(optimisation, len(used), seed)
     if has_checkpoint(folder) or not groups:
         return {}
@@ -572,7 +613,7 @@ def count_tokens(
     pairs: Sequence[Pair], optimisation: PairOptimisation, objective: Objective, seed: int, steps: int
 ) -> int:
     """The number of tokens that a training of some steps reads: prompts, and the responses that the objective reads."""
-    used, both = divide(pairs, with_weight(pairs), optimisation)[0], reads_rejected(objective)
+    used, both = _divide(pairs, optimisation)[0], reads_rejected(objective)
     read = [lengths(pairs, name) for name in ("prompt_ids", "chosen_ids", *(["rejected_ids"] if both else []))]
     tokens = [sum(part[i] for part in read) for i in used]
     return sum(tokens[i] for group in arrange(optimisation, len(used), seed)[:steps] for i in group)

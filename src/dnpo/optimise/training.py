@@ -71,8 +71,9 @@ class Training(pl.LightningModule):
 
     Attributes:
         title: its name in messages.
+        setting: the name of its settings in messages.
         remedy: advice on a loss that is not finite.
-        held: measures the loss on held-out pairs; None if nothing asks for it.
+        held: measures the loss on held-out rows; None if nothing asks for it.
 
     Args:
         policy: the model to train; its module is the first player.
@@ -82,6 +83,7 @@ class Training(pl.LightningModule):
     """
 
     title: ClassVar[str] = "training"
+    setting: ClassVar[str] = "trainer"
     remedy: ClassVar[str] = (
         "lower the learning rate (trainer.optimizer.lr, npo.learning_rate) or look at these rows. The last checkpoint "
         "is kept"
@@ -253,13 +255,13 @@ class Training(pl.LightningModule):
         optimisation = self.optimisation
         if fits:
             way = (
-                f"trainer.micro_batch_size={fits} fits, as tried on the rows of this step, and changes nothing but "
-                f"rounding: {optimisation.batch_size} rows still make one step"
+                f"{self.setting}.micro_batch_size={fits} fits, as tried on the rows of this step, and changes nothing "
+                f"but rounding: {optimisation.batch_size} rows still make one step"
             )
         elif not optimisation.checkpointing:
             way = (
-                "not even one row at once fits; try trainer.checkpointing=true, model.lora.rank=16 or a shorter data "
-                "limit"
+                f"not even one row at once fits; try {self.setting}.checkpointing=true, model.lora.rank=16 or a "
+                "shorter data limit"
             )
         else:
             way = "not even one row at once fits; try model.lora.rank=16 or a shorter data.max_response_tokens"
@@ -386,8 +388,8 @@ def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[s
             short = str(error).strip().splitlines()[-1]
     if short and module.sharded:  # trying smaller sizes would need all ranks
         raise OutOfMemoryError(
-            f"step {module.policy_step}: out of memory ({short}). Try a smaller trainer.micro_batch_size, "
-            "trainer.checkpointing=true or more devices. The last checkpoint is kept"
+            f"step {module.policy_step}: out of memory ({short}). Try a smaller {module.setting}.micro_batch_size, "
+            f"{module.setting}.checkpointing=true or more devices. The last checkpoint is kept"
         )
     if short:  # outside the handler, since the error keeps the step's tensors alive
         module.to(device)  # Lightning has moved it to the CPU

@@ -221,8 +221,11 @@ def fine_tune(run: Run, plan: None, task: Task) -> Facts:
     seed = derive(run.seed, "sft")
     policy = run.policy(task.inputs)
     policy.model = run.model.lora.on(policy.model, derive(seed, "adapter"))
-    history = preference.fine_tune(policy, rows, run.sft, seed=seed, folder=task.folder, report=task.report)
-    return write_trained(policy, history, task.folder, None)
+    facts: Facts = {}
+    history = preference.fine_tune(
+        policy, rows, run.sft, seed=seed, folder=task.folder, report=task.report, facts=facts
+    )
+    return {**write_trained(policy, history, task.folder, None), **facts}
 
 
 @verb(

@@ -45,18 +45,20 @@ def check_words(plans: Sequence[Plan], model: "ModelPart", never: "Noise | None"
         _check_objective(replace(plans[-1], npo=never))
 
 
-def check_quantised(run: Run) -> None:
-    """Refuse settings that cannot be combined with quantised weights.
+def check_trainings(run: Run) -> None:
+    """Refuse settings of trainings that cannot be combined with each other or with quantised weights.
 
     Raises:
         SettingsError: names the settings.
     """
     kind = run.model.quantization
-    if kind is None:
-        return
-    trainings = {"sft": run.sft, **({"augment.optimisation": run.augment.optimisation} if run.augment else {})}
-    for name, how in [*trainings.items(), *(("trainer", plan.trainer) for plan in run.plans)]:
-        if how.compile:
+    for name, how in run.trainings():
+        if how.measures and how.parallel == "sharded":
+            raise SettingsError(
+                f"{name}.{how.asked}: measures the loss on held-out rows in one process, and each process has a part "
+                f"of the weights; take {name}.parallel=replicated"
+            )
+        if how.compile and kind is not None:
             raise SettingsError(
                 f"{name}.compile=true: layers with quantised weights (model.quantization={kind}) are not compiled; "
                 f"take {name}.compile=false"
@@ -265,7 +267,6 @@ def _check_held(plan: Plan) -> None:
     how, objective = plan.trainer, type(plan.objective).__name__
     if not how.measures:
         return
-    name = "trainer.keep=best" if how.keep == "best" else f"trainer.patience={how.patience}"
     why = None
     if plan.rollout.live:
         why = "rollout=live makes pairs in training, so none can be held out; take rollout=ahead"
@@ -273,10 +274,8 @@ def _check_held(plan: Plan) -> None:
         why = f"the loss of {objective} (objective) reads more than log-probabilities; take another objective"
     elif plan.reference == "ema":
         why = "with reference=ema the reference changes in training, so losses cannot be compared; take reference=start"
-    elif how.parallel == "sharded":
-        why = "each process has a part of the weights; take trainer.parallel=replicated"
     if why is not None:
-        raise SettingsError(f"{name}: measures the loss on held-out pairs, and {why}")
+        raise SettingsError(f"trainer.{how.asked}: measures the loss on held-out pairs, and {why}")
 
 
 def judge_of(evaluation: "Evaluation", plans: Sequence[Plan]) -> "Judge":

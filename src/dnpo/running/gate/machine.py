@@ -131,11 +131,13 @@ def policy_bytes(of: ModelShape, iterations: int) -> int:
 def checkpoint_bytes(of: ModelShape, optimisation: Optimisation, noise: int) -> int:
     """Return the bytes of two checkpoints, since the last is replaced only when the new one is complete.
 
+    With ``keep=best`` there are also the best weights so far, those that the last checkpoint names, and a new copy.
+
     Args:
         noise: number of trained parameters of the noise; its Adam keeps two numbers for each.
     """
     once = of.trained * (1 + state_copies(optimisation.optimizer)) + 4 * noise * 3
-    return 2 * once
+    return 2 * once + (3 * of.trained if optimisation.keep == "best" else 0)
 
 
 def table_bytes(rows: float, tokens: float) -> int:
