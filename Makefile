@@ -1,4 +1,4 @@
-.PHONY: install check test quick run
+.PHONY: install check test quick run results
 
 install:  ## set up, in the virtual environment that is active
 	python -m pip install -c constraints.txt -e ".[dev]"
@@ -17,3 +17,8 @@ test: check  ## everything that CI runs
 
 run:  ## the main job
 	python -m dnpo.train
+
+results:  ## hours: run what the claims still lack, then write docs/results, the figures and the report of each sweep
+	dnpo claims run=true jobs=2 measured=docs/results/claims.json out=docs/results page=docs/results.md
+	dnpo figures all out=evidence/figures
+	for sweep in main ablation fixed_vs_trainable saturation; do dnpo report $$sweep out=evidence/$$sweep.html; done

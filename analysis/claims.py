@@ -35,7 +35,7 @@ from analysis.claims_earlier import NONE, Earlier, SweepRead
 from analysis.claims_earlier import read as read_earlier
 from analysis.claims_registered import Registration
 from analysis.claims_rules import CHECKED, OUTCOMES
-from analysis.claims_runs import to_csv
+from analysis.claims_runs import describe_work, to_csv
 from analysis.keeping import log as keep
 from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DnpoError, SettingsError, TrackingError
@@ -239,7 +239,8 @@ def describe_sweeps(book: Book, tracked: Tracked, earlier: Earlier) -> dict[str,
         short = f", {tracked.unfinished[sweep]} unfinished" if tracked.unfinished[sweep] else ""
         refused = f"; left out: {tracked.refused[sweep]}" if sweep in tracked.refused else ""
         options = {part: sorted({run.option(part) or "none" for run in runs}) for part in SHOWN} if runs else {}
-        here = SweepRead(text=f"{plural(len(runs), 'run')}{of}{short}{refused}", options=options)
+        work = f"; {spent}" if (spent := describe_work(runs)) else ""
+        here = SweepRead(text=f"{plural(len(runs), 'run')}{of}{short}{work}{refused}", options=options)
         found[sweep] = here if runs else earlier.sweeps.get(sweep, here)
     return found
 

@@ -1,4 +1,4 @@
-"""The policies of tracked runs as CSV, so that the numbers behind claims can be kept without the runs."""
+"""The policies of tracked runs as CSV, and the time that went into them, to be kept when the runs are gone."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +7,7 @@ from analysis.claims_assess import in_force
 from analysis.claims_registered import origins
 from analysis.keeping import csv_of
 from dnpo.tracking.reading import TrackedRun
+from dnpo.wording import duration
 
 DIGITS = 6
 
@@ -44,3 +45,13 @@ def _short(value: float) -> float:
 def to_csv(runs: Sequence[TrackedRun], arms: Mapping[str, Mapping[str, str]]) -> str:
     """The rows of :func:`policies` as CSV."""
     return csv_of(policies(runs, arms))
+
+
+def describe_work(runs: Sequence[TrackedRun]) -> str:
+    """How long the stages of runs took, and how much longer they would have without sharing; "" if it is unknown."""
+    stages = [each for run in runs for each in run.summary.get("stages", [])]
+    computed = sum({each["key"]: float(each["seconds"]) for each in stages}.values())
+    if not computed:
+        return ""
+    alone = sum(float(each["seconds"]) for each in stages)
+    return f"{duration(computed)} of computing, {alone / computed:.1f} times as much without shared stages"

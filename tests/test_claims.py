@@ -540,7 +540,10 @@ def track(
         {"commit": reused or commit, "stages": ["iteration 0 · optimise"]},
     ]
     policies = [f"{arm if arm == 'new' and k != 'SFT' else 'old'} {seed} {k}" for k in ("SFT", *range(iterations))]
-    path.write_text(json.dumps({"table": table, "made_by": made_by, "policies": policies}))
+    shared = {"key": f"sft/{seed}", "seconds": 30.0}
+    stages = [shared, {"key": f"optimise/{arm} {seed}", "seconds": 60.0}]
+    summary = {"table": table, "made_by": made_by, "policies": policies, "stages": stages}
+    path.write_text(json.dumps(summary))
     if status == "FINISHED":
         tracking.artifact(path)
     tracking.finish(status)  # type: ignore[arg-type]
@@ -789,7 +792,10 @@ def test_all_formats_agree_and_are_logged(known: Path, tmp_path: Path) -> None:
     assert "1 supported, 0 contradicted, 0 negligible, 0 undecided, 1 not measured" in texts[".md"]
     assert "Benjamini and Hochberg's over 2 secondary claims" in texts[".md"]
     assert texts[".md"].startswith("**Secondary**")
-    assert "main (7 runs of seeds 0-3, 1 unfinished); all with scale=smoke," in texts[".md"]
+    # 7 × 60 s, and 30 s for each of 4 seeds instead of for each run
+    assert "9 min of computing, 1.2 times as much without shared stages" in texts[".md"]
+    assert "main (7 runs of seeds 0-3, 1 unfinished; 9 min" in texts[".md"]
+    assert "without shared stages); all with scale=smoke," in texts[".md"]
     database = Database(uri)
     (logged,) = [run for run in database._all if run.tags.get("dnpo.kind") == "claims"]
     assert logged.finished
@@ -829,7 +835,7 @@ def test_a_table_without_its_runs_decides_as_with_them(tmp_path: Path, database:
     means = list(csv.DictReader((tmp_path / "out" / "seeds.csv").open()))
     of = [float(row["effect"]) for row in means if row["id"] == "better"]
     assert np.mean(of) == pytest.approx(found["better"]["effect"], rel=1e-5)
-    assert "main (7 runs of seeds 0-3, 1 unfinished); all with scale=smoke" in (tmp_path / "out/claims.md").read_text()
+    assert "main (7 runs of seeds 0-3, 1 unfinished; 9 min" in (tmp_path / "out/claims.md").read_text()
     more = outcomes(tmp_path, database, *given, arguments=("--measured", str(kept), "--seeds", "0"))
     assert more["better"]["seeds"] == 3, "the tracked runs have fewer seeds than the earlier table"
 
