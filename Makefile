@@ -18,7 +18,7 @@ test: check  ## everything that CI runs
 run:  ## the main job
 	python -m dnpo.train
 
-results:  ## hours: run what the claims still lack, then write docs/results, the figures and the report of each sweep
+results:  ## hours: run what the claims still lack, then write docs/results, the figures and the reports of the sweeps
 	dnpo claims run=true jobs=2 measured=docs/results/claims.json out=docs/results page=docs/results.md
-	dnpo figures all out=evidence/figures
-	for sweep in main ablation fixed_vs_trainable saturation; do dnpo report $$sweep out=evidence/$$sweep.html; done
+	dnpo figures all
+	set -e; for sweep in main ablation fixed_vs_trainable saturation; do dnpo report $$sweep; done
