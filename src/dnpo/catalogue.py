@@ -532,14 +532,14 @@ def write_markdown() -> str:
     lines = [
         "# Metrics",
         "",
-        "All metrics that runs track, with the titles and units of screen, notes, figures, report and analysis. Shares "
-        "are tracked as 0 to 1 and shown in percent. Written by `python -m dnpo.catalogue`.",
+        "All metrics that runs track. The screen, notes, figures, report and analysis show them with these titles and "
+        "units. Shares are tracked as 0 to 1 and shown in percent. `python -m dnpo.catalogue` writes this page.",
     ]
     for group in GROUPS:
         lines += ["", f"## {group.title}", ""]
         if group.variants:
-            names = (f"`{each.prefix}…{each.suffix}` {each.words}" for each in group.variants)
-            lines += [f"Also {'; '.join(names)}.", ""]
+            names = (f"`{each.prefix}…{each.suffix}` ({each.words})" for each in group.variants)
+            lines += [f"Also tracked as {', '.join(names)}.", ""]
         lines += [
             "| metric | title | unit | better | symbol | measured with |",
             "| --- | --- | --- | --- | --- | --- |",
