@@ -3,7 +3,7 @@
 Totals are over the iterations of a run, without the fine-tuning that all runs share and without measuring.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,9 +23,9 @@ class Cost:
     metric: Metric
     of: Callable[[TrackedRun], float]
 
-    def __call__(self, cells: Cells, method: str) -> Array:
-        """The cost of each seed of a method. Shape S × 1."""
-        return np.array([[self.of(run)] for run in cells.at_end(method)])
+    def __call__(self, cells: Cells, method: str, seeds: Sequence[int] | None = None) -> Array:
+        """The cost under each of the method's seeds, or under some of them. Shape S × 1."""
+        return np.array([[self.of(run)] for run in cells.at_end(method, seeds)])
 
 
 def add_up(name: str) -> Cost:
@@ -45,7 +45,9 @@ def _work(run: TrackedRun) -> float:
 
 
 SECONDS = Cost(replace(metric("seconds"), title="Time without measuring", digits=0), _work)
-COSTS = (add_up("generated/tokens"), add_up("trained/tokens"), add_up("judge/verdicts"), SECONDS)
+GENERATED, VERDICTS = add_up("generated/tokens"), add_up("judge/verdicts")
+TOKENS, FLOP = add_up("trained/tokens"), add_up("trained/flop")
+COSTS = (GENERATED, TOKENS, VERDICTS, SECONDS)
 KL = PolicyMeasure(metric("drift/initial"))
 LENGTH = PolicyMeasure(metric("eval/tokens"))
 BEGINNING = "fine-tuned"  # label of the policy that all methods begin with
@@ -56,9 +58,15 @@ def quality(cells: Cells) -> tuple[PolicyMeasure, PolicyMeasure]:
     return score(), average(benchmarks(cells))
 
 
-def kind_of(measure: PolicyMeasure) -> Kind:
-    """The kind of a measure's values; distances and lengths are amounts."""
-    return "amount" if measure in (KL, LENGTH) else kind(measure.metric)
+def kind_of(of: PolicyMeasure | Cost) -> Kind:
+    """The kind of a measure's values; costs, distances and lengths are amounts."""
+    return "amount" if of in (KL, LENGTH) or isinstance(of, Cost) else kind(of.metric)
+
+
+def training(cells: Cells) -> Cost:
+    """The cost of training: FLOP, or tokens if some run is of an earlier version, which did not track FLOP."""
+    rows = [row for run in cells.used for row in run.table if row.get(TOKENS.metric.name)]
+    return FLOP if all(row.get(FLOP.metric.name) for row in rows) else TOKENS
 
 
 def beginning(cells: Cells) -> Cells:
@@ -71,7 +79,7 @@ def end(cells: Cells, method: str) -> Iteration:
     return max((k for each, k, _ in cells.runs if each == method), key=lambda k: -1 if k == SFT else int(k))
 
 
-def reached(cells: Cells, measure: PolicyMeasure, method: str) -> Array:
-    """A measure of a method's last policies. Shape S × I."""
+def reached(cells: Cells, measure: PolicyMeasure, method: str, seeds: Sequence[int] | None = None) -> Array:
+    """A measure of a method's last policies, under each of its seeds or under some of them. Shape S × I."""
     k = end(cells, method)
-    return results(cells, measure, method, k, cells.seeds_of((method, k)))
+    return results(cells, measure, method, k, cells.seeds_of((method, k)) if seeds is None else seeds)

@@ -1,86 +1,129 @@
-"""Figure 14: the results of each method against its costs, and its distance from the initial policy."""
+"""Figure 14: results of each method, and its distance from the initial policy, against what the method costs."""
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from itertools import product
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from textwrap import fill
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
 from analysis.command import alone
-from analysis.costs import BEGINNING, COSTS, KL, LENGTH, beginning, end, kind_of, quality, reached
+from analysis.costs import (
+    BEGINNING,
+    FLOP,
+    GENERATED,
+    KL,
+    SECONDS,
+    TOKENS,
+    VERDICTS,
+    Cost,
+    beginning,
+    end,
+    kind_of,
+    quality,
+    reached,
+    training,
+)
 from analysis.drawing import PAGE, SMALL, canvas, finish, foot, spread
+from analysis.fronts import POINTS, SHARE, Tests, compare_pairs, find_beaten
 from analysis.keeping import DrawnFigure
-from analysis.results import Array, Kind, estimate, numbers, scaled, size
+from analysis.results import Array, PolicyMeasure, estimate, numbers, scaled, size
 from analysis.selection import Cells, Runs
-from dnpo.catalogue import Metric
-from dnpo.palette import BREAK, INK, OTHER, RIVALS, START
+from dnpo.palette import BREAK, INK, OTHER, PAPER, RIVALS, START
 
-TITLE = "Results of the methods against their costs"
+TITLE = "What the methods reach, for what cost, and how far from the initial policy"
 SWEEP = "methods"
-ACROSS = (*(cost.metric for cost in COSTS), KL.metric, LENGTH.metric)
-COLUMNS = len(ACROSS) // 2
 FAINT = 0.45  # opacity of intervals
-WIDE = 44  # letters of a line above a panel
+WIDE = 26  # letters of a line above a panel
 LEVELS = (1, 3)  # multiples of each power of ten that are marked, if the axis has fewer than two powers of ten
 
 
 def make(runs: Runs) -> DrawnFigure:
-    """Select, add up, draw score and accuracy over each of six quantities."""
+    """Select, add up; draw score, accuracy and KL over each cost, and score and accuracy over KL."""
     cells = runs.rivals()
-    rows = [_row(cells, method) for method in cells.methods]
-    up = [measure.metric for measure in quality(cells)]
-    first = {
-        measure.name: measure.metric.scale * estimate(reached(beginning(cells), measure, BEGINNING)).value
-        for measure in quality(cells)
-    }
-    figure, panels = canvas(PAGE, 8.6, 2 * len(up), COLUMNS, sharey="row")
-    for axis, (measure, over) in zip(panels, product(up, ACROSS), strict=True):
-        axis.axhline(first[measure.name], color=START, linewidth=0.8, linestyle=":", label=BEGINNING)
-        _draw(axis, rows, over.name, measure.name)
-        axis.set_xlabel(fill(over.axis, 34))
-        if over in (ACROSS[0], ACROSS[COLUMNS]):
-            axis.set_ylabel(fill(measure.axis, 24))
-    for start in range(0, len(panels), len(ACROSS)):
-        those = panels[start : start + len(ACROSS)]
-        limits = [axis.get_ylim() for axis in those]
-        for axis in those:
-            axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
-    kinds = "95 % intervals (accuracy: Wilson; score: t; costs: t of logarithms)"
+    cost = training(cells)
+    up, across = (*quality(cells), KL), (GENERATED, VERDICTS, cost, SECONDS, KL)
+    rows = [_row(cells, method, [*up, *across[:-1], TOKENS]) for method in cells.methods]
+    tests = {each.metric.name: _test(cells, each) for each in (*up[:-1], *across)}
+    figure, panels = canvas(PAGE, 7.4, len(up), len(across), sharex="col", sharey="row")
+    panels.pop().remove()  # of KL over KL
+    for place, axis in enumerate(panels):
+        y, x = up[place // len(across)], across[place % len(across)]
+        if y is not KL:
+            off = find_beaten(cells.methods, tests[x.metric.name], tests[y.metric.name])
+            for row in rows:
+                row[f"beaten_by:{y.metric.name}:{x.metric.name}"] = off.get(row["method"], "")
+            begun = y.metric.scale * estimate(reached(beginning(cells), y, BEGINNING)).value
+            axis.axhline(begun, color=START, linewidth=0.8, linestyle=":")
+            _name_best(axis, rows, f"{x.metric.name}_mean", f"{y.metric.name}_mean")
+        _draw(axis, rows, [] if y is KL else off, x.metric.name, y.metric.name)
+        if x is across[0]:
+            axis.set_ylabel(f"{fill(y.metric.axis, 30)}\n({'less' if y is KL else 'more'} is better)")
+        if y is KL or (x is KL and y is up[-2]):
+            axis.set_xlabel(fill(x.metric.axis, 22))
+            axis.tick_params(labelbottom=True)
+        if x is KL:
+            axis.xaxis.set_in_layout(False)  # there is room below the last panel
+    key = panels[-1]
+    key.plot([], [], color=START, linewidth=0.8, linestyle=":", label=BEGINNING)
+    key.plot([], [], color=BREAK, linewidth=1, label="front of the means")
+    key.plot(
+        [], [], color=INK, marker="o", markerfacecolor=PAPER, markersize=3.6, linestyle="none", label="off the front"
+    )
+    kinds = "95 % intervals (accuracy: Wilson; score: t; costs and KL: t of logarithms)"
     shows = (
         f"Bars: {kinds} over seeds, of score and accuracy over items too"
         if len(cells.seeds) > 1
-        else f"Bars: {kinds} of score and accuracy over items; the others have none"
+        else f"Bars: {kinds} of score and accuracy over items; the others have none, so nothing is beyond doubt"
     )
-    note = (
-        "above each panel, from left to right: the methods on the grey line, which no other method beats with less of "
-        "what is below the panel, without regard to intervals; "
-        "totals are over the iterations of a run, without fine-tuning, which all share, and without measuring; seconds "
-        "are those of the machine that computed a stage, which may have been busy; intervals end at a panel's edge"
+    notes = (
+        f"hollow: off the front beyond doubt, because another method is better by more than {100 * POINTS:g} point, or "
+        f"{100 * SHARE:g} % of a cost or KL, in one of the panel's two quantities, and in the other not worse by more "
+        "than that (one-sided paired t tests with Bonferroni's correction over the other methods); filled: all others",
+        "grey line: the front of the means, without regard to intervals; its methods are above the panel, from left to "
+        "right",
+        "costs are totals over the iterations of a run, without fine-tuning, which all share, and without measuring"
+        + "; operations of training are 6 for each weight and token, without the reference's" * (cost is FLOP)
+        + "; seconds are those of the machine that computed a stage, which may have been busy; intervals end at a "
+        "panel's edge",
     )
-    return DrawnFigure(finish(figure, TITLE, foot(cells, rows, shows, note), panels[0]), rows, cells.used)
+    return DrawnFigure(finish(figure, TITLE, foot(cells, rows, shows, *notes), key), rows, cells.used)
 
 
-def _row(cells: Cells, method: str) -> dict[str, Any]:
+def _row(cells: Cells, method: str, shown: Sequence[PolicyMeasure | Cost]) -> dict[str, Any]:
     """All numbers of a method, each in the unit of its metric; the number of items is the score's."""
-    found: dict[str, tuple[Metric, Kind, Array]] = {}
-    for measure in (*quality(cells), KL, LENGTH):
-        found[measure.name] = measure.metric, kind_of(measure), reached(cells, measure, method)
-    for cost in COSTS:
-        found[cost.metric.name] = cost.metric, "amount", cost(cells, method)
     row: dict[str, Any] = {"method": method, "iteration": end(cells, method)}
-    for name, (metric, of, x_SI) in found.items():
-        row |= numbers(scaled(estimate(x_SI, of), metric.scale), f"{name}_")
-    return row | size(next(iter(found.values()))[2])
+    for of in shown:
+        value = estimate(_values(cells, of, method), kind_of(of))
+        row |= numbers(scaled(value, of.metric.scale), f"{of.metric.name}_")
+    return row | size(_values(cells, shown[0], method))
 
 
-def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None:
-    """Draw a point for each method, with intervals if there are any, and name those that no other one dominates."""
-    if x != LENGTH.name:
-        _name_best(axis, rows, f"{x}_mean", f"{y}_mean")
+def _values(cells: Cells, of: PolicyMeasure | Cost, method: str, seeds: Sequence[int] | None = None) -> Array:
+    return of(cells, method, seeds) if isinstance(of, Cost) else reached(cells, of, method, seeds)
+
+
+def _test(cells: Cells, of: PolicyMeasure | Cost) -> Tests:
+    """The tests of all methods in one quantity, under the seeds that two methods have in common."""
+
+    @cache
+    def values_of(method: str, seeds: tuple[int, ...]) -> Array:
+        return _values(cells, of, method, seeds) if seeds else np.empty((0, 0))
+
+    def values(a: str, b: str) -> tuple[Array, Array]:
+        seeds = tuple(cells.seeds_of(*((method, end(cells, method)) for method in (a, b))))
+        return values_of(a, seeds), values_of(b, seeds)
+
+    less = kind_of(of) == "amount"
+    return compare_pairs(cells.methods, values, SHARE if less else 100 * POINTS / of.metric.scale, less=less)
+
+
+def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], off: Collection[str], x: str, y: str) -> None:
+    """Draw a point for each method, with intervals if there are any, hollow if it is off the front."""
     for row in rows:
         look = RIVALS.get(row["method"], OTHER)
         _, _, bars = axis.errorbar(
@@ -90,6 +133,8 @@ def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None
             yerr=spread([row], f"{y}_"),
             color=look.colour,
             marker=look.mark,
+            markerfacecolor=PAPER if row["method"] in off else look.colour,
+            markeredgewidth=0.7,
             markersize=3.6,
             linestyle="none",
             elinewidth=0.5,
@@ -97,8 +142,9 @@ def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None
         )
         for bar in bars:
             bar.set_alpha(FAINT)
-    if x != LENGTH.name:
-        _scale(axis, [row[f"{x}_mean"] for row in rows], [row[f"{x}_high"] or 0.0 for row in rows])
+    _scale(axis, "x", rows, x)
+    if y == KL.name:
+        _scale(axis, "y", rows, y)
 
 
 def _name_best(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None:
@@ -112,30 +158,36 @@ def _name_best(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) ->
     axis.set_title(names, loc="left", fontsize=SMALL, color=INK)
 
 
-def _scale(axis: Axes, values: Sequence[float], highs: Sequence[float]) -> None:
+def _scale(axis: Axes, of: Literal["x", "y"], rows: Sequence[Mapping[str, Any]], name: str) -> None:
     """Choose a linear scale with room for 0, or a logarithmic one if methods differ by more than ten times.
 
-    A logarithmic axis begins below the smallest value, so that an interval that reaches below 0 is cut there.
-
-    Args:
-        highs: upper ends of the intervals.
+    A logarithmic axis ends at three times the largest value and, without a 0, at a third of the smallest one, so
+    intervals that reach further are cut there.
     """
+    values = [row[f"{name}_mean"] for row in rows]
+    lows, highs = ([row[f"{name}_{end}"] or row[f"{name}_mean"] for row in rows] for end in ("low", "high"))
     least, most = min((value for value in values if value > 0), default=1.0), max(values)
-    zero = min(values) == 0
+    positive, limit = min(values) > 0, axis.set_xlim if of == "x" else axis.set_ylim
+    along = axis.xaxis if of == "x" else axis.yaxis
     if most > 10 * least:
-        axis.set_xscale("symlog", linthresh=least)
+        scale = axis.set_xscale if of == "x" else axis.set_yscale
+        if positive:
+            scale("log")
+        else:
+            scale("symlog", linthresh=least)
         powers = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
         for levels in (LEVELS[:1], LEVELS):
             ticks = [level * 10.0**power for power in powers for level in levels]
             shown = [tick for tick in ticks if least / 2 < tick <= 1.1 * most]
             if len(shown) > 1:
                 break
-        axis.set_xticks([0.0] * zero + shown)
-        axis.set_xticks([], minor=True)
-        axis.set_xlim(-0.2 * least if zero else least / 1.6, 1.25 * max(most, min(max(highs), 3 * most)))
-    elif zero:
-        axis.set_xlim(left=-0.2 * least)
-    axis.xaxis.set_major_formatter(EngFormatter(sep="") if most >= 1000 else StrMethodFormatter("{x:g}"))
+        along.set_ticks(shown if positive else [0.0, *shown])
+        along.set_ticks([], minor=True)
+        low = max(min(lows), least / 3) / 1.25 if positive else -0.2 * least
+        limit(low, 1.25 * max(most, min(max(highs), 3 * most)))
+    elif not positive:
+        limit(-0.2 * least)
+    along.set_major_formatter(EngFormatter(sep="") if most >= 1000 else StrMethodFormatter("{x:g}"))
 
 
 if __name__ == "__main__":

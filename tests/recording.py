@@ -71,8 +71,14 @@ class Recorder:
         unscored: int = 0,
         tags: Mapping[str, str] | None = None,
         more: Mapping[str, float] | None = None,
+        gain: float = 0.0,
     ) -> str:
-        """Record a run; its id. ``more`` has further metrics of every iteration."""
+        """Record a run; its id.
+
+        Args:
+            more: further metrics of every iteration.
+            gain: points that every sample scores more.
+        """
         dsl, npo = PARTS[method]
         self.count += 1
         settings = {
@@ -104,7 +110,7 @@ class Recorder:
         known = [Param(name, str(value)) for name, value in {**settings, **(params or {})}.items()]
         self.client.log_batch(run, params=known)
         if status == "FINISHED":
-            self._leave(run, method, seed, iterations, start, texts, leaderboard, unscored, more or {})
+            self._leave(run, method, seed, iterations, start, texts, leaderboard, unscored, more or {}, gain)
         if status != "RUNNING":
             self.client.set_terminated(run, status)
         return run
@@ -132,13 +138,14 @@ class Recorder:
         board: bool,
         unscored: int,
         more: Mapping[str, float],
+        gain: float,
     ) -> None:
         folder = self.folder / "work" / str(self.count)
         table = []
         for k in (SFT, *range(iterations)):
             in_force = k != SFT and int(k) >= start
             name = iteration_name(k)
-            row, items = self._iteration(method if in_force else SPIN, k, seed, unscored)
+            row, items = self._iteration(method if in_force else SPIN, k, seed, unscored, gain)
             if k != SFT:
                 row |= more
             if texts and k != SFT:
@@ -162,14 +169,16 @@ class Recorder:
         (folder / "summary.json").write_text(json.dumps({"table": table, "stages": stages_of(table)}))
         self.client.log_artifacts(run, str(folder))
 
-    def _iteration(self, method: str, k: int | str, seed: int, unscored: int) -> tuple[dict[str, Any], pa.Table]:
+    def _iteration(
+        self, method: str, k: int | str, seed: int, unscored: int, gain: float
+    ) -> tuple[dict[str, Any], pa.Table]:
         """One policy's items, and the means that the loop makes of them."""
         stage = -1 if k == SFT else int(k)
         fixed, draw = np.random.default_rng(1), np.random.default_rng([seed, stage + 1, list(GAIN).index(method)])
         rows: list[dict[str, Any]] = []
         hard = fixed.normal(0, 15, self.prompts)
         human = np.clip(np.round(fixed.normal(85, 15, self.prompts)), 0, 100)
-        level = 55 + GAIN[method] + draw.normal(0, 1)
+        level = 55 + GAIN[method] + gain + draw.normal(0, 1)
         for n in range(self.prompts):
             head = {"id": f"test-{n:05d}", "family": FAMILIES[n % 6], "tokens": 9, "logprob": None}
             rows.append(
@@ -201,6 +210,7 @@ class Recorder:
         found |= {"drift/initial": 0.1 * (stage + 1) + 0.01 * seed, "eval/tokens": 9.0 + 0.1 * seed}
         if stage >= 0:
             found |= {"generated/tokens": 1000 + seed, "trained/tokens": 5000, "seconds": 3.0}
+            found["trained/flop"] = 6.0 * 300_000 * found["trained/tokens"]
             found |= {"judge/verdicts": 40} if method in (DSL, DNPO) else {}
         return found, pa.Table.from_pylist(rows, schema=ITEMS)
 

@@ -380,6 +380,7 @@ def test_the_table_of_all_methods_has_their_final_numbers_and_costs(recorder: Re
         for column, expected in shares.items():
             assert float(points[name][f"{column}_mean"]) == pytest.approx(expected)
             assert float(rows[name, catalogue.metric(column).label]["value"]) == pytest.approx(expected)
+        assert float(points[name]["trained/flop_mean"]) == pytest.approx(6 * 300_000 * 5000 * iterations)
     begun = [run.row(SFT)["eval/score"] for run in cells.at_end("spin")]
     assert float(rows["fine-tuned", "score"]["value"]) == pytest.approx(np.mean(begun))
     assert rows["dnpo", "score"]["p"]

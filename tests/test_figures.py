@@ -27,7 +27,7 @@ from matplotlib.text import Text
 from statsmodels.stats.proportion import proportion_confint
 
 from dnpo.escape import for_latex
-from dnpo.palette import SAMPLES
+from dnpo.palette import PAPER, SAMPLES
 from dnpo.stats.intervals import Estimate, Mean, estimate_mean
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.table import Cell, latex, markdown, table
@@ -243,14 +243,13 @@ def test_panels_of_the_same_quantity_share_their_axis(drawn: dict[str, DrawnFigu
             assert len(panels) > 1
             assert len({axis.get_xlim() for axis in panels}) == 1, name
             assert len({axis.get_ylim() for axis in panels}) == 1, name
-    panels = drawn["fig14_methods"].figure.axes
-    for first in (0, 6):
-        assert len({axis.get_ylim() for axis in panels[first : first + 6]}) == 1
-    by_label = {}
-    for axis in panels:
-        by_label.setdefault(axis.get_xlabel(), set()).add(axis.get_xlim())
-    assert all(len(limits) == 1 for limits in by_label.values())
-    assert len(by_label) == 6
+    panels = drawn["fig14_methods"].figure.axes  # the last of three rows has no panel of KL over KL
+    assert len(panels) == 14
+    for first in (0, 5, 10):
+        assert len({axis.get_ylim() for axis in panels[first : first + 5]}) == 1
+    for first in range(5):
+        assert len({axis.get_xlim() for axis in panels[first::5]}) == 1
+    assert len({axis.get_xlabel() for axis in panels if axis.get_xlabel()}) == 5
 
 
 def test_methods_that_no_other_one_beats_for_less_are_named(drawn: dict[str, DrawnFigure]) -> None:
@@ -262,7 +261,30 @@ def test_methods_that_no_other_one_beats_for_less_are_named(drawn: dict[str, Dra
         beaten = any(all(np.less_equal(other, mine)) and other != mine for other in by_method.values())
         assert (method in named) == (not beaten), method
     assert len(named) > 1
-    assert not drawing.figure.axes[5].get_title("left"), "a length is not a cost"
+    assert not any(axis.get_title("left") for axis in drawing.figure.axes[-4:]), "an untrained policy has no KL"
+
+
+def test_methods_off_the_front_are_hollow(recorder: Recorder) -> None:
+    """With the same costs and a quality that differs by 30 points."""
+    where = "fronts"
+    for name, gain in (("worse", 0.0), ("better", 30.0)):
+        for seed in range(3):
+            recorder.run(SPIN, seed, experiment=where, tags={"dnpo.method": name}, gain=gain)
+    script = command.load(command.scripts()["fig14_methods"])
+    with rc_context(STYLE):
+        made = script.make(chosen(recorder, where, sweeps=["main"]))
+    rows = {row["method"]: row for row in made.rows}
+    for place, x in enumerate(("generated/tokens", "judge/verdicts", "trained/flop", "drift/initial")):
+        axis = made.figure.axes[place if x != "drift/initial" else 4]
+        hollow = {
+            str(bar.get_label()): bar.lines[0].get_markerfacecolor() == PAPER
+            for bar in axis.containers
+            if isinstance(bar, ErrorbarContainer)
+        }
+        assert hollow == {"worse": True, "better": False}, x
+        assert [rows[name][f"beaten_by:eval/score:{x}"] for name in hollow] == ["better", ""]
+    legend = [text.get_text() for text in made.figure.legends[0].get_texts()]
+    assert {"off the front", "front of the means", "better", "worse"} <= set(legend)
 
 
 def test_ticks_are_complete(drawn: dict[str, DrawnFigure]) -> None:

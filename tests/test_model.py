@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -300,6 +301,32 @@ def test_the_reference_of_an_adapter_is_read_with_the_adapter_off(make_policy: M
     assert reference.score(prompts, human) == plain.score(prompts, human)
     assert policy.score(prompts, human) != pytest.approx(plain.score(prompts, human), abs=0.1)
     assert any(p.requires_grad for p in policy.model.parameters())
+
+
+# --- the cost of training
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_flop_of_training_equal_torchs_count_of_matrix_products(
+    family: str, make_policy: MakePolicy, world: World
+) -> None:
+    policy, tokens = make_policy(), 12
+    if family == "gpt2":
+        small = GPT2Config(vocab_size=len(world.tokenizer), n_embd=16, n_layer=2, n_head=2)
+        policy = Policy(GPT2LMHeadModel(small), world.tokenizer)
+    model = type(policy.model)(policy.model.config)  # with the attention of transformers
+    with FlopCounterMode(display=False) as counter:
+        model(torch.arange(tokens)[None] % 50).logits.sum().backward()
+    products = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+    assert policy.count_flop() * tokens == products["aten.mm"] + products.get("aten.addmm", 0)
+
+
+def test_adapters_save_the_gradients_of_frozen_weights(make_policy: MakePolicy) -> None:
+    policy, width = make_policy(), 2
+    whole = policy.count_flop()
+    policy.model = Lora(rank=width, target_modules=["o_proj"]).on(policy.model, 0)
+    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    assert policy.count_flop() == whole * 4 / 6 + 6 * trained
 
 
 # --- tokens in the model's context

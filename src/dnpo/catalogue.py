@@ -275,6 +275,7 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("labels/noise", "Pairs with the wrong answer chosen", "wrong labels", "%", better="lower"),
             Metric("generated/cut", "Generated responses cut at the limit, count", "generated cut", digits=0),
             Metric("trained/tokens", "Tokens trained on, over all epochs", "trained tokens", digits=0),
+            Metric("trained/flop", "Floating-point operations of training", "training FLOP", "FLOP", digits=0),
             Metric("generated/responses", "Responses generated for training", "generated", digits=0),
             Metric("generated/tokens", "Tokens generated for training", "generated tokens", digits=0),
             Metric(

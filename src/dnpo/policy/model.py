@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from dnpo import ranks
 from dnpo.errors import ModelError, SettingsError
@@ -102,6 +103,20 @@ class Policy:
         configured = getattr(self.causal_lm.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         return [i for i in ids if i is not None]
+
+    def count_flop(self) -> int:
+        """Floating-point operations to train on a token, by the usual estimate, which leaves out attention.
+
+        For each weight of a matrix product: 2 in the forward pass, 2 for the gradient of its input, and 2 for its own
+        gradient if it is trained. So 6 for each weight of the network (Kaplan et al. 2020, section 2.1).
+        """
+        found = 0
+        for layer in self.model.modules():
+            if isinstance(layer, nn.Linear | Conv1D):
+                # packed weights of quantised layers have another shape
+                size = layer.in_features * layer.out_features if isinstance(layer, nn.Linear) else layer.weight.numel()
+                found += size * (6 if layer.weight.requires_grad else 4)
+        return found
 
     def hidden(self, batch: Packed, **options: Any) -> Tensor:
         """The body's hidden states that predict the batch's completion tokens, shape N × H.

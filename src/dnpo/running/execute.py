@@ -279,8 +279,7 @@ def _row(iteration: Iteration, store: Store) -> dict[str, Any]:
         row |= {f"curriculum/{name}": value for name, value in arranged.items()}
     if "held_out" in trained:
         row |= {f"heldout/{name}": trained["held_out"][name] for name in ("loss", "step", "steps")}
-    if "tokens" in trained:
-        row["trained/tokens"] = trained["tokens"]
+    row |= {f"trained/{name}": trained[name] for name in ("tokens", "flop") if name in trained}
     judged, made = trained.get("judged", {}), trained.get("generated", {})  # of a live training, which does both
     if iteration.verdicts is not None:
         judged = manifest(store.folder(iteration.verdicts))["facts"]

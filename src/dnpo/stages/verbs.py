@@ -320,7 +320,8 @@ def optimise(run: Run, plan: Plan, task: Task) -> Facts:
     before = task.inputs["policy"] / "policy" if "policy" in task.inputs else None
     train = _train_live if plan.rollout.live else _train_on_given
     history, facts = train(run, plan, task, start, seed)
-    found = {**write_trained(start, history, task.folder, before), **facts}
+    flop = facts["tokens"] * start.count_flop()
+    found = {**write_trained(start, history, task.folder, before), **facts, "flop": flop}
     live.clear(task.folder)
     return found
 
