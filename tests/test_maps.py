@@ -11,7 +11,7 @@ from analysis.fig16_noise_map import Place
 from analysis.results import average, benchmarks, results
 from analysis.selection import CONSTANT, DNPO, DSL, NPO, SPIN, Absent
 
-from dnpo.judges.agreement.table import notes
+from dnpo.judges.agreement.table import ON_MAP, notes
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.paired import compare_paired
 from tests.recording import Recorder, analysis, chosen, read
@@ -94,6 +94,11 @@ def test_runs_that_the_map_cannot_place_are_refused(recorder: Recorder) -> None:
         draw("no answers")
 
 
+def test_the_map_has_the_judges_of_its_sweep() -> None:
+    labels = {given.partition("=")[2] for job in jobs(SWEEP, "seed=0") for given in job if "sweep/labels" in given}
+    assert {f"judge_{share}" for share in ON_MAP} == labels - {"origin"}
+
+
 def measured(value: float, low: float | None, high: float | None) -> dict[str, Any]:
     return {"value": value, "low": low, "high": high, "rows": 90, "reason": ""}
 
@@ -101,10 +106,21 @@ def measured(value: float, low: float | None, high: float | None) -> dict[str, A
 @pytest.mark.parametrize(
     ("accuracy", "bias", "parts"),
     [
-        ((0.648, 0.577, 0.719), (0.02, -0.05, 0.09), ("64.8 % right labels (57.7 to 71.9) among", "random errors")),
-        ((0.55, 0.45, 0.65), (0.02, -0.05, 0.09), ("(45.0 to 65.0), which includes chance,", "random errors")),
-        ((0.65, 0.58, 0.72), (0.12, 0.03, 0.21), ("a taste for length", "longer", "+12.0 pp")),
-        ((0.65, 0.58, 0.72), (-0.12, -0.21, -0.03), ("a taste for length", "shorter", "−12.0 pp")),
+        (
+            (0.648, 0.577, 0.719),
+            (0.02, -0.05, 0.09),
+            ("accuracy 64.8 % (57.7 to 71.9): between the map's judges of 55 % and 75 %", "that of random errors"),
+        ),
+        (
+            (0.55, 0.45, 0.65),
+            (0.02, -0.05, 0.09),
+            ("(45.0 to 65.0), which includes chance: from below the map's judges to that of 65 %", "random errors"),
+        ),
+        ((0.65, 0.58, 0.72), (0.12, 0.03, 0.21), ("that of a taste for length", "longer", "+12.0 pp")),
+        ((0.65, 0.58, 0.72), (-0.12, -0.21, -0.03), ("none: it prefers shorter", "−12.0 pp", "no such judges")),
+        ((0.98, 0.96, 0.99), (0.0, -0.1, 0.1), ("between the map's judges of 95 % and 100 %",)),
+        ((1.0, 1.0, 1.0), (0.0, -0.1, 0.1), ("at the map's judge of 100 %",)),
+        ((0.3, 0.2, 0.4), (0.0, -0.1, 0.1), ("from below the map's judges to that of 55 %",)),
     ],
 )
 def test_a_measured_judge_has_a_place_on_the_map(

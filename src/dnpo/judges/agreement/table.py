@@ -8,6 +8,9 @@ from dnpo.catalogue import Metric, metric
 from dnpo.escape import for_markdown
 from dnpo.screen import ScreenTable
 
+ON_MAP = (55, 65, 75, 85, 95, 100)  # accuracies of the judges in the sweep judge_accuracy, in percent
+ROUNDING = 1e-9
+
 
 class MeasureLine(NamedTuple):
     """A measure, and a note that says what to compare it with."""
@@ -88,22 +91,36 @@ def notes(report: Mapping[str, Any]) -> list[str]:
 
 
 def _place_on_map(measures: Mapping[str, Any]) -> str:
-    """Where the judge lies in the figure of judges with known faults (fig15); "" without an interval."""
+    """Where the judge lies on the map of judges with known faults (fig15), in its terms; "" without an interval."""
     accuracy, bias = measures["accuracy"], measures.get("length_bias", {})
     if accuracy["low"] is None:
         return ""
     of = metric("agreement/accuracy")
     value, low, high = (of.format(accuracy[end]) for end in ("value", "low", "high"))
-    chance = ", which includes chance," if accuracy["low"] <= 0.5 <= accuracy["high"] else ""
-    kind = "random errors: no bias by length is certain"
+    chance = ", which includes chance" if accuracy["low"] <= 0.5 <= accuracy["high"] else ""
+    line = "that of random errors, since no preference for length is certain"
     if bias.get("low") is not None and (bias["low"] > 0 or bias["high"] < 0):
         apart = metric("agreement/length_bias").format_with_unit(bias["value"], signed=True)
-        taste = "longer" if bias["low"] > 0 else "shorter"
-        kind = f"a taste for length: it prefers {taste} responses more often than people do ({apart})"
+        longer = f"it prefers longer responses more often than people do ({apart})"
+        shorter = f"it prefers shorter responses more often than people do ({apart}), and the map has no such judges"
+        line = f"that of a taste for length: {longer}" if bias["low"] > 0 else f"none: {shorter}"
     return (
-        f"How good must a judge be? In `dnpo figures fig15` (docs/judges.md) this one is at {value} % right labels "
-        f"({low} to {high}){chance} among judges with {kind}."
+        "How good must a judge be? The map of `dnpo figures fig15` (docs/judges.md) has the gain of labels by a judge "
+        f"over labels by origin. On its axis this judge has accuracy {value} % ({low} to {high}){chance}: "
+        f"{_between(accuracy['low'], accuracy['high'])}. The line to read: {line}. A judge can help only where it is "
+        "right more often than labels by origin, the dashed line."
     )
+
+
+def _between(low: float, high: float) -> str:
+    """The judges of the map that an interval of accuracy lies between."""
+    below = [share for share in ON_MAP if share <= 100 * low + ROUNDING]
+    above = [share for share in ON_MAP if share >= 100 * high - ROUNDING]
+    if not below:
+        return f"from below the map's judges to that of {above[0]} %"
+    if below[-1] == above[0]:
+        return f"at the map's judge of {above[0]} %"
+    return f"between the map's judges of {below[-1]} % and {above[0]} %"
 
 
 HEADINGS = ("measure", "value", "95 % interval", "rows", "read it against")
