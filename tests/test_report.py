@@ -379,8 +379,8 @@ def test_a_note_is_shown_as_markdown_without_links_and_pictures() -> None:
 
 def answered(path: Path) -> None:
     """A table of answers to two prompts."""
-    rows = [["a", "How many?", "Two.", "One.", 20.0, "Two.", None], ["b", EVIL, EVIL, EVIL, 1.0, EVIL, 2.0]]
-    columns = ["id", "prompt", "human", "SFT", "SFT, score", "iteration 0", "iteration 0, score"]
+    rows = [["How many?", "Two.", None, "One.", 20.0, "Two.", "a"], [EVIL, EVIL, 2.0, EVIL, 1.0, EVIL, "b"]]
+    columns = ["prompt", "iteration 0", "iteration 0, score", "SFT", "SFT, score", "human", "id"]
     path.write_text(json.dumps({"columns": columns, "data": rows}))
 
 

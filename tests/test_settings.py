@@ -417,6 +417,7 @@ def test_a_job_of_a_search_has_a_short_name(tmp_path: Path) -> None:
     given = ["npo.alpha=0.15676677195506075", "trainer.optimizer.lr=0.00016051911333587616", "+sweep=optuna"]
     assert job_name(tmp_path, given) == "alpha=0.1568 lr=0.0001605"
     assert job_name(tmp_path, ["npo.alpha=0.25", "data.path=rows-of-26.jsonl"]) == "alpha=0.25 path=rows-of-26.jsonl"
+    assert job_name(tmp_path, ["method=dnpo", "seed=0"]) == "dnpo seed=0"
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from dnpo.errors import TrackingError
 from dnpo.palette import choose_looks
 from dnpo.report.drawing import Panel, over_iterations, progress
 from dnpo.running import execute, notes
+from dnpo.running.samples import tell_apart
 from dnpo.stats.intervals import Estimate
 from dnpo.store import Store
 from dnpo.tracking import RUNNING, end_note
@@ -128,6 +129,14 @@ def test_tables_are_shown_as_tables(run: MLflowTracking, folder: Path) -> None:
         run.table(folder / name)
     tag = client(folder).get_run(run.id).data.tags["mlflow.loggedArtifacts"]
     assert json.loads(tag) == [{"path": name, "type": "table"} for name in ("table.json", "other.json")]
+
+
+def test_prompts_that_mlflow_would_show_as_one_row_are_told_apart() -> None:
+    given = [("a", "Why?"), ("b", "How?"), ("c", "Why?"), ("d", ""), ("e", ""), ("f", "Why?")]
+    prompts = [{"id": name, "messages": [{"role": "user", "content": text}]} for name, text in given]
+    shown = tell_apart(prompts)
+    assert shown == ["Why?", "How?", "Why? (c)", "(d)", "(e)", "Why? (f)"]
+    assert tell_apart(prompts[:3]) == shown[:3], "a run with fewer prompts has the same rows"
 
 
 def test_a_run_can_be_continued(run: MLflowTracking, folder: Path) -> None:
@@ -307,6 +316,11 @@ def test_the_comparison_has_the_numbers_of_the_runs(swept: Path) -> None:
     assert (apart["shows"], apart["row"]) == ("difference from spin", "dnpo")
     both = [json.loads((sweep / job / "summary.json").read_text())["table"][-1]["eval/loss"] for job in ("2", "0")]
     assert last["dnpo"] == pytest.approx(np.subtract(*both)), "the last cell of a row is its difference"
+    tracked = json.loads((sweep / "comparison.json").read_text())
+    assert tracked["columns"] == ["mean or difference", "SFT", "k = 0", "k = 1"]
+    rows = [row[0] for row in tracked["data"]]
+    assert len(set(rows)) == len(rows), "MLflow's view shows one of the rows with the same first cell"
+    assert {f"{metric('eval/loss').axis}: {of}" for of in ("spin", "dnpo", "dnpo less spin")} <= set(rows)
 
 
 @pytest.mark.long

@@ -119,8 +119,16 @@ def test_mlflow_has_settings_steps_iterations_figures_and_tags(smoke: Path) -> N
     assert set(json.loads(Path(kept).read_text()).values()) == keys
     source = {name: tracked.data.tags.get(f"mlflow.source.{name}") for name in ("name", "type", "git.commit")}
     assert source == {"name": "dnpo train", "type": "LOCAL", "git.commit": commit().rstrip("+") or None}
-    kinds = {each["path"]: each["type"] for each in json.loads(tracked.data.tags["mlflow.loggedArtifacts"])}
-    assert kinds == {"table.json": "table", "samples.json": "table"}
+    # MLflow's view for comparing runs lists the tables of this tag, and begins with the first
+    tables = json.loads(tracked.data.tags["mlflow.loggedArtifacts"])
+    assert tables == [{"path": name, "type": "table"} for name in ("samples.json", "table.json")]
+    for table in tables:
+        kept = json.loads(Path(client.download_artifacts(tracked.info.run_id, table["path"])).read_text())
+        assert set(kept) == {"columns", "data"}
+        assert {len(row) for row in kept["data"]} == {len(set(kept["columns"]))}
+        groups = [row[0] for row in kept["data"]]
+        assert len(set(map(str, groups))) == len(groups), "the view shows one of the rows with the same first cell"
+        assert "" not in groups
     ours = [name for name in tracked.data.tags if not name.startswith("mlflow.")]
     assert len(ours) <= 10, "more would hide the note on the run's page"
     accuracy = client.get_metric_history(tracked.info.run_id, "eval/accuracy")
@@ -324,11 +332,9 @@ def test_ctrl_c_ends_within_seconds_and_says_how_to_continue(tmp_path: Path) -> 
 
 def test_a_runs_answers_are_a_table_for_mlflows_comparison(smoke: Path) -> None:
     table = json.loads(min(smoke.glob("outputs/*/*/samples.json")).read_text())
-    answers = [f"iteration {k}" for k in (0, 1)]
-    assert table["columns"] == [
-        *("id", "prompt", "human", "SFT", "SFT, score"),
-        *(each for name in answers for each in (name, f"{name}, score")),
-    ]
+    answers = ["iteration 1", "iteration 0", "SFT"]
+    scored = [each for name in answers for each in (name, f"{name}, score")]
+    assert table["columns"] == ["prompt", *scored, "human", "id"], "the view shows the first two columns"
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert len({row["id"] for row in rows}) == len(rows) == 48
     evaluation = next(each["key"] for each in first(smoke)["stages"] if each["title"] == "iteration 1 · evaluate")
@@ -336,7 +342,8 @@ def test_a_runs_answers_are_a_table_for_mlflows_comparison(smoke: Path) -> None:
     greedy = [item for item in read(folder / "items.parquet", Item) if item.kind == "greedy"]
     texts = [response.text for response in read(folder / "samples.parquet", Response)][: len(greedy)]
     found = {row["id"]: (row["iteration 1"], row["iteration 1, score"]) for row in rows}
-    assert found == {item.id: (text, item.score) for item, text in zip(greedy, texts, strict=True)}
+    expected = zip(greedy, texts, strict=True)
+    assert found == {item.id: (text, None if item.score is None else round(item.score, 2)) for item, text in expected}
     prompts = read(next((smoke / "store" / "prompts").glob("*/test.parquet")), Prompt)
     assert {row["id"]: (row["prompt"], row["human"]) for row in rows} == {
         prompt.id: (prompt.messages[-1]["content"], prompt.human) for prompt in prompts

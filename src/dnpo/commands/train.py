@@ -228,17 +228,17 @@ def run_name(overrides: Sequence[str]) -> str:
 
 
 def job_name(sweep: Path, overrides: Sequence[str]) -> str:
-    """Name a job of a sweep by its own settings, to fit the columns of MLflow's pages: ``alpha=0.1 seed=2``."""
+    """Name a job of a sweep by its own settings, to fit the columns of MLflow's pages: ``npo alpha=0.1 seed=2``."""
     from dnpo.running.sweep import find_varying
 
     own = [each for each in find_varying(sweep, overrides) if not each.startswith("+sweep=")]
     words = [word.partition("=") for word in _words(own)]
     lasts = [setting.rpartition(".")[2] for setting, _, _ in words]
-    short = [last if lasts.count(last) == 1 else word[0] for last, word in zip(lasts, words, strict=True)]
-    return (
-        " ".join(f"{name}{equals}{short_number(value)}" for name, (_, equals, value) in zip(short, words, strict=True))
-        or "defaults"
-    )
+    shown = []
+    for last, (setting, equals, value) in zip(lasts, words, strict=True):
+        name = last if lasts.count(last) == 1 else setting
+        shown.append(value if setting == "method" else f"{name}{equals}{short_number(value)}")
+    return " ".join(shown) or "defaults"
 
 
 def _words(overrides: Sequence[str]) -> list[str]:

@@ -125,10 +125,16 @@ def samples(run: TrackedRun) -> list[Sample]:
     found = []
     for row in table["data"][:MOST_SAMPLES]:
         cells = dict(zip(columns, row, strict=True))
-        titles = [name for name in columns if name not in ("id", "prompt") and not name.endswith(SCORE)]
+        named = [name for name in columns if name not in ("id", "prompt") and not name.endswith(SCORE)]
+        titles = sorted(named, key=_place)
         answers = [(name, str(cells[name] or ""), _score(cells.get(f"{name}{SCORE}"))) for name in titles]
         found.append(Sample(str(cells["prompt"]), tuple(answers)))
     return found
+
+
+def _place(title: str) -> int:
+    """Return where the answers of a column are in time: the human ones, those of SFT, then by iteration."""
+    return {"human": -2, "SFT": -1}[title] if title in ("human", "SFT") else int(title.removeprefix("iteration "))
 
 
 def _score(value: Any) -> str:

@@ -129,9 +129,9 @@ def execute(
     tracking.artifact(folder / "summary.json")
     for card in export.link(summary, folder):
         tracking.artifact(card, f"models/{card.parent.name}")
-    _track_results(summary, iterations, store, tracking, folder)
     write_json(folder / "samples.json", sample_table(iterations, store, settings["eval"]["split"]))
-    tracking.table(folder / "samples.json")
+    tracking.table(folder / "samples.json")  # before the other table: MLflow's view for comparing runs shows the first
+    _track_results(summary, iterations, store, tracking, folder)
     ended = notes.describe_results(summary, Path(os.path.relpath(folder)), tracking.id)
     tracking.note(f"{title}\n\n{ended}\n\n{head}")
     tracking.flush()

@@ -374,18 +374,18 @@ def _csv(compared: "Sequence[MeasureComparison]") -> str:
 
 
 def _table_for_mlflow(compared: "Sequence[MeasureComparison]") -> dict[str, Any]:
-    """Join the tables into one table in MLflow's form."""
+    """Join the tables into one in MLflow's form. MLflow groups rows by the first column, so no text is there twice."""
     columns = list(dict.fromkeys(column for one in compared for column in one.means.columns))
     data = []
     for one in compared:
-        for shows, table in (("mean", one.means), (f"less {one.baseline}", one.differences)):
+        for less, table in (("", one.means), (f" less {one.baseline}", one.differences)):
             if table is None:
                 continue
             for row in table.rows:
                 cells = dict(zip(table.columns, row.shown, strict=True))
                 texts = [shown.text if (shown := cells.get(column)) is not None else "" for column in columns]
-                data.append([one.measure.metric.axis, shows, row.label, *texts])
-    return {"columns": ["measure", "shows", "settings", *columns], "data": data}
+                data.append([f"{one.measure.metric.axis}: {row.label}{less}", *texts])
+    return {"columns": ["mean or difference", *columns], "data": data}
 
 
 def _overrides(folder: Path) -> list[str]:
