@@ -8,6 +8,7 @@ from analysis.drawing import COLUMN, beside, canvas, find_look, finish, foot, po
 from analysis.keeping import DrawnFigure
 from analysis.results import AVERAGE, average, benchmarks, is_leaderboard, over_base, row
 from analysis.selection import SPIN, Runs, spell
+from analysis.watched import warn
 from dnpo.palette import INK
 
 
@@ -47,6 +48,7 @@ def draw(runs: Runs, methods: Sequence[str], title: str) -> DrawnFigure:
         whiskers(cells, rows, "share"),
         f"right: differences from {SPIN} in the same iteration, paired by item and seed, with 95 % t intervals",
         f"benchmarks: {kind}; {AVERAGE}: each counts the same",
+        *warn(cells, [row for row in less if row["measure"] == AVERAGE]),
     )
     return DrawnFigure(finish(figure, title, line, panels[0]), [*rows, *less], cells.used)
 

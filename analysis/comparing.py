@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from analysis.costs import KL
 from analysis.published import COLUMN
 from analysis.results import (
     Against,
@@ -21,8 +22,10 @@ from analysis.results import (
 )
 from analysis.results import results as results_of
 from analysis.selection import Cells, Iteration, commits, describe, spell
+from analysis.watched import LOSS, MARK, comes_worse, explain, level, tracked
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.table import Cell, Table, table
+from dnpo.tracking.reading import SFT
 from dnpo.wording import plural
 
 IN_WORDS = {
@@ -33,10 +36,16 @@ IN_WORDS = {
 
 @dataclass
 class Comparisons:
-    """The rows of a table, and the comparisons behind its stars."""
+    """The rows of a table, and the comparisons behind its stars.
+
+    Attributes:
+        measures: benchmarks and, last, their average.
+        beside: what is watched beside them.
+    """
 
     cells: Cells
     measures: Sequence[PolicyMeasure]
+    beside: Sequence[PolicyMeasure]
     rows: dict[str, dict[str, Cell]] = field(default_factory=dict)
     differences: list[Against] = field(default_factory=list)
     items: set[int] = field(default_factory=set)
@@ -45,7 +54,7 @@ class Comparisons:
     def of(cls, cells: Cells) -> "Comparisons":
         """Begin a table of the benchmarks that all cells have, and of their average."""
         those = benchmarks(cells)
-        return cls(cells, [*those, average(those)])
+        return cls(cells, [*those, average(those)], tracked(cells))
 
     def add(self, label: str, method: str, iterations: Sequence[Iteration], base: str, paper: float | None) -> None:
         """Add a row for a method at one iteration, or averaged over several, compared with the base."""
@@ -54,12 +63,17 @@ class Comparisons:
         compared = method != base and bool(shared)
         seeds = shared if compared else alone
         row = self.rows.setdefault(label, {})
+        found = None
         for measure in self.measures if seeds else ():
             mine = self._mean(measure, method, iterations, seeds)
-            other = self._mean(measure, base, iterations, seeds) if compared else None
-            p = None if other is None else self._compare(mine, other)
-            row[measure.label] = Cell(estimate(mine, kind(measure.metric)), p, sides=True)
+            found = self._compare(mine, self._mean(measure, base, iterations, seeds)) if compared else None
+            row[measure.label] = Cell(estimate(mine, kind(measure.metric)), found.p if found else None, sides=True)
             self.items.add(whole(mine).shape[1])
+        for measure in self._beside(iterations) if seeds else ():
+            mine = self._mean(measure, method, iterations, seeds)
+            apart = against(mine, self._mean(measure, base, iterations, seeds)) if compared else None
+            worse = measure is LOSS and comes_worse(found, apart)
+            row[measure.label] = level(measure, mine, worse=worse)
         if paper is not None:
             row[COLUMN] = Cell(Estimate(paper))
 
@@ -67,27 +81,33 @@ class Comparisons:
         """Add a row of differences, a − b."""
         seeds = self.cells.seeds_of((a, iteration), (b, iteration))
         row = self.rows.setdefault(label, {})
+        found = None
         for measure in self.measures if seeds else ():
-            mine, other = (self._mean(measure, side, [iteration], seeds) for side in (a, b))
-            p = self._compare(mine, other)
-            row[measure.label] = Cell(
-                Estimate(float(np.nanmean(mine - other))) if p is None else self.differences[-1].difference,
-                p,
-                signed=True,
-            )
+            sides = [self._mean(measure, side, [iteration], seeds) for side in (a, b)]
+            found = self._compare(*sides)
+            row[measure.label] = Cell(_difference(found, *sides), found.p if found else None, signed=True)
+        for measure in self._beside([iteration]) if seeds else ():
+            sides = [self._mean(measure, side, [iteration], seeds) for side in (a, b)]
+            apart = against(*sides)
+            mark = MARK * (measure is LOSS and comes_worse(found, apart))
+            row[measure.label] = Cell(_difference(apart, *sides), signed=True, mark=mark)
         if paper is not None:
             row[COLUMN] = Cell(Estimate(paper), signed=True)
 
     def table(self) -> Table:
         """All rows, in the unit of the benchmarks."""
-        average = self.measures[-1].metric
-        return table(self.rows, average.digits, average.scale)
+        average, aside = self.measures[-1].metric, {each.label: each.metric for each in self.beside}
+        columns = dict.fromkeys(column for row in self.rows.values() for column in row)
+        digits = {column: aside.get(column, average).digits for column in columns}
+        scale = {column: aside.get(column, average).scale for column in columns}
+        return table(self.rows, digits, scale, aside)
 
     def notes(self, *more: str) -> list[str]:
         """The notes below the table."""
         return [
             *more,
             IN_WORDS[is_leaderboard(self.measures)],
+            *explain(self.beside, self.rows, "the average is better than the other side's"),
             detectable(self.differences),
             *collect_notes(self.differences),
             describe_cells(self.cells, self.items),
@@ -100,12 +120,18 @@ class Comparisons:
         mean: Array = np.mean([results_of(self.cells, measure, method, k, seeds) for k in iterations], axis=0)
         return mean
 
-    def _compare(self, mine: Array, other: Array) -> float | None:
+    def _beside(self, iterations: Sequence[Iteration]) -> list[PolicyMeasure]:
+        """What is watched beside the results of these iterations; the initial policy has no KL to itself."""
+        return [each for each in self.beside if each is not KL or SFT not in iterations]
+
+    def _compare(self, mine: Array, other: Array) -> Against | None:
         comparison = against(mine, other)
-        if comparison is None:
-            return None
-        self.differences.append(comparison)
-        return comparison.p
+        self.differences += [comparison] if comparison else []
+        return comparison
+
+
+def _difference(found: Against | None, a_SI: Array, b_SI: Array) -> Estimate:
+    return Estimate(float(np.nanmean(a_SI - b_SI))) if found is None else found.difference
 
 
 def detectable(comparisons: Sequence[Against], scale: float = 100.0, unit: str = " points", digits: int = 1) -> str:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from analysis.results import Kind
 from analysis.selection import Cells, Iteration, commits, describe
+from analysis.watched import warn
 from dnpo.catalogue import Metric
 from dnpo.palette import BREAK, FOOT, INK, METHODS, OTHER, OUTCOMES, PAPER, Look
 from dnpo.stats.table import ALPHA
@@ -149,7 +150,7 @@ def levels(
     """Draw levels in the first panel and, if there are any, paired differences in the second.
 
     Returns:
-        A sentence on what the second panel shows, if there is one.
+        Sentences on what the second panel shows, if there is one, and on gains with a worse held-out loss.
     """
     lines(panels[0], rows, cells.iterations)
     panels[0].set_ylabel(_narrow(metric.axis))
@@ -163,6 +164,7 @@ def levels(
     return (
         f"Below: differences from {base}, paired by item and seed, with 95 % t intervals; *: p ≤ 0.05 after Holm's "
         f"correction over {plural(len(less), 'comparison')}",
+        *warn(cells, less),
     )
 
 

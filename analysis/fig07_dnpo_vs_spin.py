@@ -12,6 +12,7 @@ from analysis.drawing import COLUMN, canvas, finish, foot, outcomes, plus_minus,
 from analysis.keeping import DrawnFigure
 from analysis.results import against, duel, estimate, numbers, scaled, size, stack
 from analysis.selection import BEGINNING, DNPO, SPIN, Absent, Cells, Runs, spell
+from analysis.watched import warn
 from dnpo.stats.significance import holm
 
 TITLE = "DNPO against SPIN: win, tie, lose"
@@ -59,11 +60,16 @@ def make(runs: Runs) -> DrawnFigure:
         more += [
             f"the paper, k={k}: DNPO wins {100 * a:.2f} %, SPIN {100 * b:.2f} %" for k, (a, b) in published.DUEL.items()
         ]
+    gains = [
+        {"method": DNPO, "base": SPIN, "iteration": row["iteration"], "low": row.get("win_less_lose_low")}
+        for row in rows
+    ]
     line = foot(
         cells,
         rows,
         "Whiskers: 95 % Wilson intervals; ±: paired 95 % t intervals; *: p ≤ 0.05 after Holm's correction",
         *more,
+        *warn(cells, gains),
     )
     return DrawnFigure(finish(figure, TITLE, line, axis), rows, cells.used)
 

@@ -149,7 +149,7 @@ def duel(a: TrackedRun, b: TrackedRun, iteration: Iteration, column: str = "scor
     """
     sides = []
     for run in (a, b):
-        table = _items(run, iteration)
+        table = item_table(run, iteration)
         if table is None:
             raise Absent(f"run {run.id} has no {item_path(iteration)}")
         sides.append({(name, n): v for name, n, v in _columns(table, ["id", "sample", column], kind="sample")})
@@ -330,7 +330,7 @@ def read_once(run: TrackedRun, path: str, read: Callable[[Path], Any]) -> Any:
     return _KEPT[run.id, path]
 
 
-def _items(run: TrackedRun, iteration: Iteration) -> pa.Table | None:
+def item_table(run: TrackedRun, iteration: Iteration) -> pa.Table | None:
     """One row for each held-out response, as a table: Python objects would take a hundred times the memory."""
     return read_once(run, item_path(iteration), pq.read_table)
 
@@ -344,7 +344,7 @@ def _columns(table: pa.Table, names: Sequence[str], **wanted: str) -> list[tuple
 
 def _read_samples(run: TrackedRun, iteration: Iteration, column: str, wanted: Sequence[int] | None) -> Items | None:
     """By prompt, the samples' mean score, or the share of samples with a wanted outcome against the human response."""
-    table = _items(run, iteration)
+    table = item_table(run, iteration)
     if table is None or column not in table.column_names or table[column].null_count == len(table):
         return None
     human = dict(_columns(table, ["id", column], kind="human"))
@@ -359,7 +359,7 @@ def _read_samples(run: TrackedRun, iteration: Iteration, column: str, wanted: Se
 
 def _family(family: str) -> Callable[[TrackedRun, Iteration], Items | None]:
     def items(run: TrackedRun, iteration: Iteration) -> Items | None:
-        table = _items(run, iteration)
+        table = item_table(run, iteration)
         if table is None:
             return None
         answers = dict(_columns(table, ["id", "right"], kind="greedy", family=family))

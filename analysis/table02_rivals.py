@@ -18,6 +18,7 @@ from analysis.keeping import DrawnTable
 from analysis.published import COLUMN, RIVALS
 from analysis.results import Against, PolicyMeasure, against, estimate, results, whole
 from analysis.selection import DNPO, Cells, Runs
+from analysis.watched import LOSS, comes_worse, explain, level, tracked
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.table import Cell, Table, table, with_words
 
@@ -40,7 +41,8 @@ PRINTED = {"dnpo": RIVALS[DNPO][-1], "alpha_spin": RIVALS["α-SPIN"][-1], "ppo":
 def make(runs: Runs) -> DrawnTable:
     """Select, compare the last policies with SPIN's, add up the costs, tabulate."""
     cells = runs.rivals()
-    measures = (*quality(cells), KL, LENGTH)
+    beside = [each for each in (LOSS, KL) if each is KL or each in tracked(cells)]
+    measures = (*quality(cells), LENGTH, *beside)
     rows: dict[str, dict[str, Cell]] = {}
     differences: dict[str, list[Against]] = {measure.label: [] for measure in measures[:2]}
     items: set[int] = set()
@@ -50,27 +52,33 @@ def make(runs: Runs) -> DrawnTable:
         rows.setdefault(BEGINNING, {})[measure.label] = Cell(value, sides=True)
     for method in cells.methods:
         row = rows.setdefault(method, {})
+        compared = {measure.label: list(_compare(cells, measure, method)) for measure in measures}
         for measure in measures:
-            x_SI = reached(cells, measure, method)
+            x_SI, found = reached(cells, measure, method), compared[measure.label]
             items.add(whole(x_SI).shape[1])
-            compared = list(_compare(cells, measure, method)) if measure.label in differences else []
-            differences.get(measure.label, []).extend(compared)
-            row[measure.label] = Cell(estimate(x_SI, kind_of(measure)), compared[0].p if compared else None, sides=True)
+            if measure.label in differences:
+                differences[measure.label] += found
+                row[measure.label] = Cell(estimate(x_SI, kind_of(measure)), found[0].p if found else None, sides=True)
+            else:
+                gains = [gain for label in differences for gain in compared[label]]
+                worse = measure is LOSS and any(comes_worse(gain, loss) for gain in gains for loss in found)
+                row[measure.label] = level(measure, x_SI, worse=worse)
         for cost in COSTS:
             row[cost.metric.label] = Cell(estimate(cost(cells, method), "amount"), sides=True)
         if method in PRINTED:
             row[COLUMN] = Cell(Estimate(PRINTED[method]))
     if "ppo" not in cells.methods:
         rows["PPO (not run here)"] = {COLUMN: Cell(Estimate(PRINTED["ppo"]))}
-    shown = [each.metric for each in (*measures, *COSTS)]
+    shown = [*(each.metric for each in measures), *(each.metric for each in COSTS)]
     columns = [*(each.label for each in measures), *(each.metric.label for each in COSTS)]
     digits = dict(zip(columns, (each.digits for each in shown), strict=True)) | {COLUMN: 1}
     scale = dict(zip(columns, (each.scale for each in shown), strict=True)) | {COLUMN: 100.0}
     notes = [
-        f"Stars: against {BASE}. {', '.join(columns[:4])}: of the last policy of each run. The rest: totals over its "
-        "iterations, without fine-tuning, which all share, and without measuring. Seconds are those of the machine "
-        "that computed a stage, which may have been busy.",
+        f"Stars: against {BASE}. {', '.join(columns[: len(measures)])}: of the last policy of each run. The rest: "
+        "totals over its iterations, without fine-tuning, which all share, and without measuring. Seconds are those of "
+        "the machine that computed a stage, which may have been busy.",
         f"{columns[0]}: the judge's, points of 100. {columns[1]}: right greedy answers, %, mean over benchmarks.",
+        *explain(beside, rows, f"score or accuracy is better than that of {BASE}"),
         f"{COLUMN}: arXiv 2502.05400, table 2, which names no iteration; DNPO's six numbers average 59.8.",
         *(
             f"{label}. {detectable(found, measure.metric.scale)}"
@@ -81,11 +89,12 @@ def make(runs: Runs) -> DrawnTable:
         *(f"{note[0].upper()}{note[1:]}." for note in cells.notes),
     ]
     objections = split(Registration.of(CLAIMS), cells.used)[1]
-    found = assess(book := read(CLAIMS), _track(book, cells), bool(objections))
+    claims = assess(book := read(CLAIMS), _track(book, cells), bool(objections))
     notes.append(f"Claims: {rule([claim.role for claim in book.claims])}")
     if objections:
         notes.append(f"The outcomes of the claims are exploratory: {describe(objections)}.")
-    return DrawnTable(_add_claims(table(rows, digits, scale), found), TITLE, "method", notes, cells.used)
+    aside = [each.label for each in beside]
+    return DrawnTable(_add_claims(table(rows, digits, scale, aside), claims), TITLE, "method", notes, cells.used)
 
 
 def _track(book: Book, cells: Cells) -> Tracked:

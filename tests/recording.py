@@ -174,16 +174,17 @@ class Recorder:
     ) -> tuple[dict[str, Any], pa.Table]:
         """One policy's items, and the means that the loop makes of them."""
         stage = -1 if k == SFT else int(k)
-        fixed, draw = np.random.default_rng(1), np.random.default_rng([seed, stage + 1, list(GAIN).index(method)])
+        seeds = [seed, stage + 1, list(GAIN).index(method)]
+        fixed, draw, lost = (np.random.default_rng(each) for each in (1, seeds, [*seeds, 1]))
         rows: list[dict[str, Any]] = []
         hard = fixed.normal(0, 15, self.prompts)
         human = np.clip(np.round(fixed.normal(85, 15, self.prompts)), 0, 100)
         level = 55 + GAIN[method] + gain + draw.normal(0, 1)
         for n in range(self.prompts):
             head = {"id": f"test-{n:05d}", "family": FAMILIES[n % 6], "tokens": 9, "logprob": None}
-            rows.append(
-                {**head, "kind": "human", "sample": 0, "score": human[n], "second": human[n] - 3, "right": True}
-            )
+            human_row = {**head, "kind": "human", "sample": 0, "score": human[n], "second": human[n] - 3, "right": True}
+            loss = 0.5 + GAIN[method] / 100 + hard[n] / 500 + lost.normal(0, 0.01)
+            rows.append({**human_row, "logprob": -loss * human_row["tokens"]})
             right = bool(draw.random() < 0.4 + GAIN[method] / 40 + hard[n] / 60)
             rows.append({**head, "kind": "greedy", "sample": 0, "score": 60.0, "second": 50.0, "right": right})
             for sample in range(self.samples):
@@ -202,6 +203,7 @@ class Recorder:
             found[f"{prefix}/score"] = float(np.mean([row[column] for row in sampled]))
             found[f"{prefix}/score_human"] = float(np.mean([row[column] for row in by.values()]))
             found |= {f"{prefix}/{name}": float(np.mean([s == v for s in signs])) for name, v in WORDS.items()}
+        found["eval/loss"] = float(np.mean([-row["logprob"] / row["tokens"] for row in by.values()]))
         greedy = [row for row in rows if row["kind"] == "greedy"]
         for family in FAMILIES:
             found[f"eval/accuracy/{family}"] = float(np.mean([r["right"] for r in greedy if r["family"] == family]))

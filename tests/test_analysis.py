@@ -15,6 +15,7 @@ import pytest
 from analysis import command, published
 from analysis.results import against, average, benchmarks, duel, estimate, outcome, results, score
 from analysis.selection import CONSTANT, DNPO, DSL, FIXED, NPO, SPIN, Absent, method_of
+from analysis.watched import LOSS
 
 from dnpo import catalogue
 from dnpo.errors import DataError
@@ -348,6 +349,38 @@ def test_tables_compare_with_spin_and_keep_the_papers_numbers_apart(recorder: Re
     text = (tmp_path / "table07_fixed_vs_trainable.tex").read_text()
     assert "+NPO $-$ constant, k=1" in text
     assert text.count("\\\\\n") == 1 + len({row["row"] for row in read(tmp_path / "table07_fixed_vs_trainable.csv")})
+
+
+def test_tables_show_loss_and_kl_beside_the_results(recorder: Recorder, tmp_path: Path) -> None:
+    names = ("table01_main", "table02_rivals", "table06_ablation", "table07_fixed_vs_trainable")
+    assert analysis(recorder, *names, "--out", str(tmp_path), "--no-log") == 0
+    loss, kl = (catalogue.metric(name).label for name in ("eval/loss", "drift/initial"))
+    cells, marked = chosen(recorder, sweeps=["main"]).chains(), 0
+    rows = {(row["row"], row["column"]): row for row in read(tmp_path / "table01_main.csv")}
+    assert (SFT, loss) in rows
+    assert (SFT, kl) not in rows, "the initial policy has no KL to itself"
+    for k in (1, 2):
+        tracked = [run.row(k) for run in cells.of(DNPO, k)]
+        for column, name in ((loss, "eval/loss"), (kl, "drift/initial")):
+            cell = rows[f"{DNPO}, k={k}", column]
+            assert float(cell["value"]) == pytest.approx(np.mean([row[name] for row in tracked]))
+            assert cell["low"]
+            assert not cell["p"], "it would weaken the correction of the gains"
+        apart = [
+            against(*(results(cells, measure, method, k, cells.seeds) for method in (DNPO, SPIN)))
+            for measure in (average(benchmarks(cells)), LOSS)
+        ]
+        worse = all(each is not None and each.difference.low is not None and each.difference.low > 0 for each in apart)
+        assert rows[f"{DNPO}, k={k}", loss]["text"].endswith("†") == worse
+        assert not rows[f"{SPIN}, k={k}", loss]["text"].endswith("†")
+        marked += worse
+    assert marked
+    assert "†: the average is better than the other side's" in (tmp_path / "table01_main.md").read_text()
+    assert f"| *{loss}* | *{kl}* |" in (tmp_path / "table01_main.md").read_text()
+    others = {name: {row["column"] for row in read(tmp_path / f"{name}.csv")} for name in names}
+    assert all({loss, kl} <= columns for columns in others.values())
+    differences = {(row["row"], row["column"]): row for row in read(tmp_path / f"{names[-1]}.csv")}
+    assert differences[f"'{NPO} − constant, k=1", loss]["text"][0] in "+−0"
 
 
 def test_without_spin_a_table_shows_what_there_is_and_compares_nothing(recorder: Recorder, tmp_path: Path) -> None:

@@ -538,6 +538,19 @@ def test_numbers_are_formatted_alike() -> None:
     assert (rows[2]["low"], rows[2]["p_holm"]) == ("", "")
 
 
+def test_columns_can_be_set_off_at_the_end() -> None:
+    loss = Cell(Estimate(0.5, 0.4, 0.6), mark="†")
+    found = table({"r": {"loss": loss, "score": cell(1.0, p=0.01)}}, digits={"loss": 3, "score": 1}, beside=["loss"])
+    assert found.columns == ("score", "loss")
+    shown = markdown(found, "policy").splitlines()
+    assert shown[0] == "| policy | score | *loss* |"
+    assert shown[2] == "| r | 1.0 ± 0.2\\* | 0.500 ± 0.100† |"
+    assert r"\begin{tabular}{lr@{\qquad\quad}r}" in latex(found)
+    assert r"$0.500 \pm 0.100$$\dagger$" in latex(found)
+    assert "0.500 ± 0.100†" in to_csv(found)
+    assert found.tests == 1
+
+
 def test_columns_of_words_follow_columns_of_numbers() -> None:
     numbers = table({"a": {"x": cell(1234.5)}, "b": {"x": Cell(Estimate(2.0))}})
     found = with_words(numbers, {"claim": {"a": "5 % more"}, "here": {"a": "holds", "c": "of no row"}})

@@ -47,6 +47,7 @@ LATEX = {
     "≈": r"$\approx$",
     "≠": r"$\neq$",
     "∞": r"$\infty$",
+    "†": r"$\dagger$",
     "⟨": r"$\langle$",
     "⟩": r"$\rangle$",
     "…": r"\dots{}",

@@ -3,7 +3,7 @@
 import csv
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dnpo.escape import for_csv, for_latex, for_markdown
@@ -12,6 +12,7 @@ from dnpo.stats.significance import holm
 
 ALPHA = 0.05
 LONGEST_HEADING = 14  # letters in a line of LaTeX
+GAP = r"@{\qquad\quad}"  # of LaTeX, before columns that are set off
 UNEVEN = 0.1  # of an interval's width: sides that differ by more are shown separately, if asked for
 
 
@@ -27,6 +28,7 @@ class Cell:
     p: float | None = None
     signed: bool = False
     sides: bool = False  # show how far the interval reaches below and above, if the distances clearly differ
+    mark: str = ""  # shown after the number, such as †, which a note below the table explains
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,11 @@ class Shown:
 
     @property
     def text(self) -> str:
-        """Mean ± half of the interval, or with both sides of it; with the star if there is one."""
+        """Mean ± half of the interval, or with both sides of it; with star and mark if there are any."""
         reach = f" ± {self.half}" if self.half else ""
         if self.sides:
             reach = f" −{self.sides[0]} +{self.sides[1]}"
-        return self.number + reach + "*" * self.star
+        return self.number + reach + "*" * self.star + self.cell.mark
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,14 @@ class Table:
 
     Attributes:
         tests: number of tests of Holm's correction.
+        beside: the last columns of numbers that are set off from the others.
         words: headings of the columns of words, which follow the columns of numbers.
     """
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     tests: int
+    beside: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
 
     @property
@@ -88,6 +92,7 @@ def table(
     cells: Mapping[str, Mapping[str, Cell]],
     digits: int | Mapping[str, int] = 1,
     scale: float | Mapping[str, float] = 1.0,
+    beside: Collection[str] = (),
 ) -> Table:
     """Build a table, with Holm's correction over all cells that have a p. Rows and columns keep their order.
 
@@ -98,11 +103,14 @@ def table(
         cells: cells by row and column.
         digits: number of decimals, one for all columns or one for each.
         scale: factor for the numbers shown, likewise one or one for each column; 100 shows shares in percent.
+        beside: columns to move to the end and set off.
 
     Raises:
         DataError: a p is not a probability.
     """
-    columns = tuple(dict.fromkeys(column for row in cells.values() for column in row))
+    named = dict.fromkeys(column for row in cells.values() for column in row)
+    aside = tuple(column for column in named if column in beside)
+    columns = (*(column for column in named if column not in beside), *aside)
     digits_of = dict.fromkeys(columns, digits) if isinstance(digits, int) else digits
     scale_of = scale if isinstance(scale, Mapping) else dict.fromkeys(columns, scale)
     tested = [(row, column) for row in cells for column, cell in cells[row].items() if cell.p is not None]
@@ -117,7 +125,7 @@ def table(
             for column in columns
         ]
         rows.append(Row(label, tuple(shown)))
-    return Table(columns, tuple(rows), len(ps))
+    return Table(columns, tuple(rows), len(ps), aside)
 
 
 def with_words(table: Table, words: Mapping[str, Mapping[str, str]]) -> Table:
@@ -140,9 +148,10 @@ def _format_cell(cell: Cell, adjusted: float | None, digits: int, scale: float) 
 
 
 def markdown(table: Table, corner: str = "") -> str:
-    """Write a table in GitHub's Markdown, with its caption below."""
-    head = [corner, *table.columns, *table.words]
-    lines = [[*map(for_markdown, head)], ["---", *("---:" for _ in table.columns), *("---" for _ in table.words)]]
+    """Write a table in GitHub's Markdown, with its caption below; columns that are set off have italic headings."""
+    heads = [f"*{for_markdown(name)}*" if name in table.beside else for_markdown(name) for name in table.columns]
+    head = [for_markdown(corner), *heads, *map(for_markdown, table.words)]
+    lines = [head, ["---", *("---:" for _ in table.columns), *("---" for _ in table.words)]]
     for row in table.rows:
         texts = ("" if shown is None else shown.text for shown in row.shown)
         lines.append([*map(for_markdown, (row.label, *texts, *row.words))])
@@ -156,9 +165,8 @@ def latex(table: Table, corner: str = "") -> str:
     """
     rows = [(row.label, ["" if shown is None else _number(shown) for shown in row.shown]) for row in table.rows]
     heads = [stack(column) for column in table.columns]
-    return tabular(
-        "l" + "r" * len(heads), [for_latex(corner), *heads], [[for_latex(label), *cells] for label, cells in rows]
-    )
+    columns = "l" + "r" * (len(heads) - len(table.beside)) + (GAP + "r" * len(table.beside)) * bool(table.beside)
+    return tabular(columns, [for_latex(corner), *heads], [[for_latex(label), *cells] for label, cells in rows])
 
 
 def latex_words(table: Table, corner: str = "") -> str:
@@ -215,4 +223,5 @@ def _number(shown: Shown) -> str:
     if shown.sides:
         reach = f"_{{-{shown.sides[0]}}}^{{+{shown.sides[1]}}}{{}}"
     # a comma in braces has no space behind it
-    return f"${shown.number.replace('−', '-')}{reach}{'^{*}' * shown.star}$".replace(",", "{,}")
+    number = f"${shown.number.replace('−', '-')}{reach}{'^{*}' * shown.star}$".replace(",", "{,}")
+    return number + for_latex(shown.cell.mark)
