@@ -169,34 +169,39 @@ def levels(
 
 
 def lines(axis: Axes, rows: Sequence[Mapping[str, Any]], iterations: Sequence[Iteration]) -> None:
-    """Draw a line over iterations for each method, with intervals; lines are shifted so that all are visible.
-
-    A star is above each row whose ``p_holm`` is at most 0.05.
-    """
+    """Draw a :func:`line` over iterations for each method; lines are shifted so that all are visible."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     place = {k: i for i, k in enumerate(iterations)}
     for number, method in enumerate(methods):
         mine = [row for row in rows if row["method"] == method]
         x = [place[row["iteration"]] + 0.09 * (number - (len(methods) - 1) / 2) for row in mine]
-        look = find_look(method)
-        axis.errorbar(
-            x,
-            [row["mean"] for row in mine],
-            yerr=spread(mine),
-            color=look.colour,
-            marker=look.mark,
-            markersize=3.5,
-            linewidth=1.2,
-            elinewidth=0.7,
-            capsize=1.5,
-            label=method,
-        )
-        for at, row in zip(x, mine, strict=True):
-            if row.get("p_holm", 1.0) <= ALPHA:
-                top = row["mean"] if row["high"] is None else row["high"]
-                axis.annotate("*", (at, top), (0, -1), textcoords="offset points", ha="center", color=look.colour)
+        line(axis, x, mine, find_look(method), method)
     axis.margins(y=0.1)
     over_iterations(axis, iterations)
+
+
+def line(axis: Axes, x: Sequence[float], rows: Sequence[Mapping[str, Any]], look: Look, label: str) -> None:
+    """Draw a line through means, with intervals, and a star above each row whose ``p_holm`` is at most 0.05.
+
+    Args:
+        x: the position of each row.
+    """
+    axis.errorbar(
+        x,
+        [row["mean"] for row in rows],
+        yerr=spread(rows),
+        color=look.colour,
+        marker=look.mark,
+        markersize=3.5,
+        linewidth=1.2,
+        elinewidth=0.7,
+        capsize=1.5,
+        label=label,
+    )
+    for at, row in zip(x, rows, strict=True):
+        if row.get("p_holm", 1.0) <= ALPHA:
+            top = row["mean"] if row["high"] is None else row["high"]
+            axis.annotate("*", (at, top), (0, -1), textcoords="offset points", ha="center", color=look.colour)
 
 
 def over_iterations(axis: Axes, iterations: Sequence[Iteration]) -> None:

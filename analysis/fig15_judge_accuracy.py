@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from analysis.command import alone
-from analysis.drawing import PAGE, canvas, finish, foot, spread
+from analysis.drawing import PAGE, canvas, finish, foot, line
 from analysis.keeping import DrawnFigure
 from analysis.results import (
     Array,
@@ -31,13 +31,12 @@ from dnpo.palette import GRID, INK, SERIES, Look
 from dnpo.palette import SPIN as SPIN_LOOK
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.significance import holm
-from dnpo.stats.table import ALPHA
 from dnpo.tracking.reading import TrackedRun
 
 TITLE = "Labels by a judge against labels by origin, by how often the labels are right"
 SWEEP = "judge_accuracy"
 NEGLIGIBLE = 1.0  # points either way; the smallest effect of interest of the claims
-ERRORS, LENGTH = "random errors", "taste for length"
+ERRORS, LENGTH = "random errors", "preference for length"
 LOOKS: Mapping[str, Look] = {ERRORS: DSL_LOOK, LENGTH: SERIES[4]}
 ACCURACY = "right_labels_"  # prefix of columns
 
@@ -167,22 +166,7 @@ def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         if not mine:
             continue
         x = [row[f"{ACCURACY}mean"] for row in mine]
-        axis.errorbar(
-            x,
-            [row["mean"] for row in mine],
-            yerr=spread(mine),
-            color=look.colour,
-            marker=look.mark,
-            markersize=3.5,
-            linewidth=1.2,
-            elinewidth=0.7,
-            capsize=1.5,
-            label=f"judge with {kind}" if kind == ERRORS else f"judge with a {kind}",
-        )
-        for at, row in zip(x, mine, strict=True):
-            if row["p_holm"] <= ALPHA:
-                top = row["mean"] if row["high"] is None else row["high"]
-                axis.annotate("*", (at, top), (0, -1), textcoords="offset points", ha="center", color=look.colour)
+        line(axis, x, mine, look, f"judge with {kind}" if kind == ERRORS else f"judge with a {kind}")
     axis.margins(y=0.1)
 
 

@@ -30,8 +30,8 @@ def test_spin_is_trained_once_for_all_judges_and_rules_measure_everything() -> N
     assert {type(built(*job)[0].judge).__name__ for job in found} == {"Rules"}
     evaluated = {laid_out(job)[1].evaluation.key for job in found}
     assert len(evaluated) == 1
-    taste = jobs("judge_length", "seed=0")
-    spin = next(job for job in taste if "+sweep/labels=origin" in job)
+    by_length = jobs("judge_length", "seed=0")
+    spin = next(job for job in by_length if "+sweep/labels=origin" in job)
     same = next(job for job in jobs(SWEEP, "seed=0", "data.flaws=0.3") if "+sweep/labels=origin" in job)
     assert [i.evaluation.key for i in laid_out(spin)] == [i.evaluation.key for i in laid_out(same)]
 
@@ -42,7 +42,7 @@ def test_gains_are_paired_means_over_iterations(recorder: Recorder, tmp_path: Pa
     assert [(row["flaws"], row["judge"], row["dial"]) for row in rows] == [
         (flaws, judge, dial)
         for flaws in ("0.15", "0.5")
-        for judge, dial in (("", "0.0"), (ERRORS, "0.0"), (ERRORS, "0.25"), (ERRORS, "0.45"), (LENGTH, "0.5"))
+        for judge, dial in (("", "0.0"), (LENGTH, "0.5"), (ERRORS, "0.0"), (ERRORS, "0.25"), (ERRORS, "0.45"))
     ]
     cells = chosen(recorder, sweeps=[SWEEP]).named(lambda run: repr(Labelling.of(run)), fig15_judge_accuracy._is_own)
     measure, own = average(benchmarks(cells)), [repr(each) for each in (Labelling(0.5, ERRORS, 0.25), Labelling(0.5))]
@@ -116,7 +116,7 @@ def measured(value: float, low: float | None, high: float | None) -> dict[str, A
             (0.02, -0.05, 0.09),
             ("(45.0 to 65.0), which includes chance: from below the map's judges to that of 65 %", "random errors"),
         ),
-        ((0.65, 0.58, 0.72), (0.12, 0.03, 0.21), ("that of a taste for length", "longer", "+12.0 pp")),
+        ((0.65, 0.58, 0.72), (0.12, 0.03, 0.21), ("that of a preference for length", "longer", "+12.0 pp")),
         ((0.65, 0.58, 0.72), (-0.12, -0.21, -0.03), ("none: it prefers shorter", "−12.0 pp", "no such judges")),
         ((0.98, 0.96, 0.99), (0.0, -0.1, 0.1), ("between the map's judges of 95 % and 100 %",)),
         ((1.0, 1.0, 1.0), (0.0, -0.1, 0.1), ("at the map's judge of 100 %",)),

@@ -259,7 +259,7 @@ def test_a_verdict_that_is_missing_stays_missing() -> None:
     assert found == Verdict("0", NEW, None, "asleep")
 
 
-def test_the_taste_for_length_by_hand() -> None:
+def test_the_preference_for_length_by_hand() -> None:
     """A response of 60 characters with half 20 has 75 points for its length; with weight 0.4: 0.6 · 10 + 0.4 · 75."""
     text = "x" * 57 + " 10"
     prompt = Prompt("a", [{"role": "user", "content": "Which?"}], "x" * 16 + " 90")  # 19 characters
@@ -278,12 +278,12 @@ def test_the_taste_for_length_by_hand() -> None:
 
 
 def test_length_and_errors_are_apart() -> None:
-    """A taste alone is always wrong where the worse response is long enough, an error rate is not."""
+    """A preference alone is always wrong where the worse response is long enough, an error rate is not."""
     prompts, responses = pairs(400, 40.0, 60.0)
     responses = [replace(r, text=("long " * 40 if r.text.endswith("40.0") else "") + r.text) for r in responses]
     prompts = [replace(p, human=r.text) for p, r in zip(prompts, responses[::2], strict=True)]
-    taste = outcomes(judge(Noisy(Stated(), length=0.5), prompts, responses), responses)
-    assert set(taste) == {-1}
+    by_length = outcomes(judge(Noisy(Stated(), length=0.5), prompts, responses), responses)
+    assert set(by_length) == {-1}
     both = outcomes(judge(Noisy(Stated(), length=0.5, error=0.25), prompts, responses), responses)
     assert 0.15 < both.count(1) / 400 < 0.35  # an error turns such a comparison around
 

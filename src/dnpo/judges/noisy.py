@@ -1,4 +1,4 @@
-"""A judge with known faults: errors at a set rate, a taste for length or for a position, and ties.
+"""A judge with known faults: errors at a set rate, a preference for length or position, and ties.
 
 It is made for experiments: how good must a judge be, and which of its faults do harm? Draws depend only on the seed and
 on the texts of prompt and responses, so a verdict depends neither on the order or batch of the questions nor on who
@@ -35,7 +35,7 @@ class Noisy(Judge):
     2. with probability ``position``: decided by the position, so that the first response wins in both orders. The mean
        of the orders is a tie, with a disagreement of 100 points;
     3. with probability ``error``: the wrong one;
-    4. otherwise the order of the scores, to which the taste for length has been added.
+    4. otherwise the order of the scores, to which the preference for length has been added.
 
     A judge that scores single responses has no comparisons to reverse. Instead, a response's score is replaced with
     probability q = 1 − √(1 − 2·error) by one below or above all others, each in half of the cases. A comparison in
@@ -171,8 +171,8 @@ class Noisy(Judge):
             return replace(verdict, score=EVEN, disagreement=100.0)
         apart = verdict.disagreement
         if self.length:
-            taste = EVEN + (length_score(text, self.half) - length_score(human, self.half)) / 2
-            score = (1 - self.length) * score + self.length * taste
+            by_length = EVEN + (length_score(text, self.half) - length_score(human, self.half)) / 2
+            score = (1 - self.length) * score + self.length * by_length
             apart = None if apart is None else (1 - self.length) * apart
         if self._draw("error", prompt, *both) < self.error:
             score = 100 - score

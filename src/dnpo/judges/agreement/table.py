@@ -103,7 +103,7 @@ def _place_on_map(measures: Mapping[str, Any]) -> str:
         apart = metric("agreement/length_bias").format_with_unit(bias["value"], signed=True)
         longer = f"it prefers longer responses more often than people do ({apart})"
         shorter = f"it prefers shorter responses more often than people do ({apart}), and the map has no such judges"
-        line = f"that of a taste for length: {longer}" if bias["low"] > 0 else f"none: {shorter}"
+        line = f"that of a preference for length: {longer}" if bias["low"] > 0 else f"none: {shorter}"
     return (
         "How good must a judge be? The map of `dnpo figures fig15` (docs/judges.md) has the gain of labels by a judge "
         f"over labels by origin. On its axis this judge has accuracy {value} % ({low} to {high}){chance}: "
