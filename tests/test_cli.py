@@ -195,6 +195,18 @@ def test_methods_are_listed_with_their_sources_and_explained(tmp_path: Path, nar
         assert "Expected" in one
         assert max(len(line) for line in one.splitlines() if not line.startswith(" ")) <= WIDTH
     assert "[Chen et al. 2024]" in text
+    own = tmp_path / "own"
+    (own / "method").mkdir(parents=True)
+    (own / "method" / "brief.yaml").write_text("# @package _global_\n# Shorter responses (me 2026).\nseed: 3\n")
+    (own / "method" / "silent.yaml").write_text("seed: 4\n")
+    listed = dnpo(tmp_path, "methods", "--config-dir=own").stdout.splitlines()
+    mine = [" ".join(line.split()) for line in listed if line.startswith(("brief", "silent"))]
+    assert mine == ["brief Shorter responses. [me 2026]", "silent"]
+    assert any(line.startswith("spin ") for line in listed)
+    assert f"dnpo train --config-dir={own} method=NAME" in listed[-3]
+    assert "seed: 3" in dnpo(tmp_path, "methods", "brief", "--config-dir", "own").stdout
+    missing = dnpo(tmp_path, "methods", "--config-dir=none")
+    assert (missing.returncode, "--config-dir=none: expected a folder" in missing.stderr) == (1, True)
     wrong = dnpo(tmp_path, "methods", "spinn")
     assert wrong.returncode == 1
     assert "Did you mean spin" in wrong.stderr

@@ -12,12 +12,12 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
+from dnpo.commands.grammar import take_folder
 from dnpo.errors import SettingsError
 from dnpo.escape import say
 from dnpo.settings import conf_folder, locate
@@ -93,12 +93,9 @@ def _compose(config: str, arguments: Sequence[str]) -> tuple[dict[str, Any], dic
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
-    own = [
-        f"hydra.searchpath=[file://{Path(value).absolute()}]"
-        for flag, value in pairwise(arguments)
-        if flag in ("--config-dir", "-cd")
-    ]
-    given = [each for each in arguments if "=" in each and not each.startswith("-")]
+    folder, others = take_folder(arguments)
+    own = [f"hydra.searchpath=[file://{folder}]"] if folder else []
+    given = [each for each in others if "=" in each and not each.startswith("-")]
     for overrides in (given, [each for each in given if _chooses(each)], []):
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):

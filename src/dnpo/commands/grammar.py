@@ -111,6 +111,23 @@ def program(module: str, verb: str) -> str:
     return f"dnpo {verb}" if ours else f"python -m {module}"
 
 
+def take_folder(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Split arguments into the user's folder of settings, given by Hydra's option ``--config-dir``, and all others.
+
+    Raises:
+        SettingsError: there is no such folder.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    given, others = parser.parse_known_args(arguments)
+    if given.config_dir is None:
+        return None, others
+    folder = Path(given.config_dir).absolute()
+    if not folder.is_dir():
+        raise SettingsError(f"--config-dir={given.config_dir}: expected a folder with settings")
+    return folder, others
+
+
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse arguments; some may be written ``setting=value``.
 

@@ -1,6 +1,7 @@
 """List the methods, or explain one of them, from the comments of their files in ``conf/method/``."""
 
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -8,10 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dnpo.commands.grammar import take_folder
+from dnpo.errors import SettingsError
 from dnpo.escape import say
 from dnpo.settings import conf_folder, nearest
 
-USAGE = "usage: dnpo methods [NAME]"
+USAGE = "usage: dnpo methods [NAME] [--config-dir=FOLDER]"
+HELP_TEXT = """
+Without a name: all methods, with their sources. With one: its options, deviations, commands. With --config-dir: also
+the methods in FOLDER/method, a folder of settings of your own.
+"""
 SOURCE = re.compile(r"\(([^()]*(?:19|20)\d\d[^()]*|[^()]*paper[^()]*)\)")
 
 
@@ -54,13 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: None takes the process's.
     """
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    files = {file.stem: file for file in sorted((conf_folder() / "method").glob("*.yaml"))}
+    try:
+        own, given = take_folder(sys.argv[1:] if arguments is None else arguments)
+    except SettingsError as error:
+        say(f"error: {error}", error=True)
+        sys.exit(1)
+    folders = [*([own] if own else []), conf_folder()]  # of two files with one name, Hydra takes dnpo's
+    found = {file.stem: file for folder in folders for file in (folder / "method").glob("*.yaml")}
+    files = dict(sorted(found.items()))
     if {"-h", "--help"} & set(given) or len(given) > 1:
-        say(f"{USAGE}\n\nWithout a name: all methods, with their sources. With one: its options, deviations, commands.")
+        say(f"{USAGE}\n{HELP_TEXT.rstrip()}")
         sys.exit(0 if len(given) == 1 else 2)
     if not given:
-        _list(files)
+        _list(files, f"--config-dir={shlex.quote(str(own))} " if own else "")
     elif given[0] in files:
         for line in Header.read(files[given[0]]).lines:
             say(line if line.startswith(" ") else textwrap.fill(line, _width(), break_on_hyphens=False))
@@ -71,19 +84,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _list(files: dict[str, Path]) -> None:
+def _list(files: dict[str, Path], option: str) -> None:
+    """Print a line or more for each method, and the commands that use them, with an option for an own folder."""
     width = _width()
     wide = max(map(len, files))
     for name, file in files.items():
         header = Header.read(file)
         text = header.summary + (f" [{header.source}]" if header.source else "")
-        lines = textwrap.wrap(text, width - wide - 2)
+        lines = textwrap.wrap(text, width - wide - 2) or [""]
         say(f"{name:{wide}}  {lines[0]}")
         for line in lines[1:]:
             say(f"{'':{wide}}  {line}")
-    say("\nRun one:        dnpo train method=NAME")
-    say("Compare some:   dnpo sweep method=spin,dnpo seed=0,1,2")
-    say("Explain one:    dnpo methods NAME")
+    say(f"\nRun one:        dnpo train {option}method=NAME")
+    say(f"Compare some:   dnpo sweep {option}method=spin,dnpo seed=0,1,2")
+    say(f"Explain one:    dnpo methods {option}NAME")
 
 
 def _width() -> int:
