@@ -16,6 +16,7 @@ import pytest
 from dnpo.errors import JudgeError
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.exact.apart.form import find_fault
+from dnpo.judges.exact.apart.isolation import claim_number
 from dnpo.judges.exact.code import UnitTests
 from dnpo.judges.exact.running import _TRY, Isolation, find_isolation, run_tests
 from dnpo.records import HUMAN, Prompt, Response
@@ -351,3 +352,13 @@ def test_side_by_side() -> None:
     said = verdicts(judge, [prompt], responses)
     assert [v.score for v in said] == [100.0, 0.0, 100.0, 0.0]
     assert [v.source for v in said] == [r.source for r in responses]
+
+
+def test_answers_that_run_at_once_have_different_users() -> None:
+    claims = [claim_number(3) for _ in range(3)]
+    assert sorted(number for number, _ in claims) == [0, 1, 2]
+    with pytest.raises(OSError, match="all 3 users of answers are taken"):
+        claim_number(3)
+    number, claim = claims[1]
+    claim.close()
+    assert claim_number(3)[0] == number

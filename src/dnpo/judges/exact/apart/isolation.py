@@ -1,8 +1,10 @@
 """Isolate a process from the machine: by namespaces, by limits, and by giving up capabilities."""
 
 import ctypes
+import errno
 import os
 import resource
+import socket
 import sys
 
 from dnpo.judges.exact.apart import SYSTEM, WORK
@@ -42,6 +44,26 @@ def limit(limits: dict[str, int]) -> None:
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
+
+
+def claim_number(below: int) -> tuple[int, socket.socket]:
+    """Claim a number that no other process of this machine has, until the socket is closed or the process ends.
+
+    Raises:
+        OSError: all numbers are taken.
+    """
+    for step in range(below):
+        number = (os.getpid() + step) % below
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            claim.bind(f"\0dnpo/answer/{number}")  # a name without a file, which the system frees
+        except OSError as error:
+            claim.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return number, claim
+    raise OSError(errno.EAGAIN, f"all {below:,} users of answers are taken")
 
 
 def enter_namespaces() -> bool:

@@ -15,6 +15,7 @@ from dnpo.judges.exact.apart.answer import Doorkeeper
 from dnpo.judges.exact.apart.wire import Wire
 
 _USERS = 60_000  # first id of the users of answers' processes; the machine should not use these ids
+_PAIRS = 2_500  # answers that can run at once; each has two users
 
 
 def main(how: dict[str, Any]) -> None:
@@ -45,11 +46,12 @@ def main(how: dict[str, Any]) -> None:
 
 def _enter(how: dict[str, Any]) -> int | None:
     """Enter the namespaces; return the user for the answer's process, None if it cannot be another user."""
-    root = isolation.enter_namespaces()
-    # by this process's id, so that answers that run at once hardly ever share a user, and its limit on processes
-    user = _USERS + os.getpid() * 2 % 5_000 if root else None
-    if user is not None and not isolation.can_be(user + 1):
+    # Answers that run at once must not share a user, and its limit on processes. Namespaces hide the claims of others.
+    number, claim = isolation.claim_number(_PAIRS)
+    user: int | None = _USERS + 2 * number
+    if not isolation.enter_namespaces() or not isolation.can_be(_USERS + 2 * number + 1):
         user = None
+        claim.close()
     child = os.fork()  # the first process of the new namespace; all others end with it
     if child:
         os.close(0)
