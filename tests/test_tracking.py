@@ -548,6 +548,12 @@ def test_files_of_something_else_are_refused_and_left_alone(
     assert file.read_bytes() == before
 
 
+def test_a_file_that_cannot_be_made_is_refused_at_once() -> None:
+    """Root may write anywhere, but this file system takes no files."""
+    with pytest.raises(TrackingError, match=r"^tracking\.uri=sqlite:////proc/runs\.db: cannot be used \("):
+        database.prepare("sqlite:////proc/runs.db")
+
+
 def test_figures_are_drawn_again_by_new_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TESTS_DRAW", "all")
     store, drawn = Store(tmp_path / "store"), []

@@ -98,6 +98,7 @@ def test_an_address_without_a_tracking_store_is_named(tmp_path: Path) -> None:
         (other, "is not a database of MLflow; give another"),
         (tmp_path / "folder.db", "unable to open database file"),
         (words / "mlflow.db", "is not writable"),
+        (Path("/proc/mlflow.db"), "cannot be used ("),
     ):
         found = check_tracking(tracker(path))
         assert found.level == "stop"

@@ -8,6 +8,7 @@ file, which then replaces it.
 import os
 import re
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -49,6 +50,7 @@ def prepare(uri: str) -> None:
         if _is_current(file):
             return
         file.parent.mkdir(parents=True, exist_ok=True)
+        lock_of(file).touch()  # FileLock would wait for ever if it cannot be made, as in /proc
         with FileLock(lock_of(file)):
             if _is_current(file):  # another process has done it meanwhile
                 return
@@ -72,6 +74,7 @@ def try_file(file: Path) -> None:
             folder = next(each for each in file.parents if each.exists())
             if not os.access(folder, os.W_OK) or not folder.is_dir():
                 raise PermissionError(f"the folder {folder} is not writable: permission denied")
+            tempfile.TemporaryFile(dir=folder).close()  # root may write anywhere, but not every file system takes files
             return
         with _open(file) as database:
             database.execute("begin immediate")
