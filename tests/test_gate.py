@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from dnpo.commands.train import build, pass_gate
 from dnpo.data.prompts import All, Fresh
 from dnpo.data.seen import hash_conversation
-from dnpo.errors import JudgeError, ModelError, SettingsError
+from dnpo.errors import DataError, JudgeError, ModelError, SettingsError
 from dnpo.generate import Sampling
 from dnpo.judges import Canary, Judge
 from dnpo.judges.asked.ledger import Ledger
@@ -974,6 +974,20 @@ def test_a_stop_ends_a_run_before_any_stage(tmp_path: Path) -> None:
     assert "1 problem" in done.stdout
     assert computed(tmp_path) == []
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_rows_that_cannot_be_read_are_refused_before_libraries_are_imported(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{broken\n')
+    run, iterations = laid_out("data=jsonl", f"data.path={tmp_path}/rows.jsonl")
+
+    def prepare() -> None:
+        raise AssertionError("the libraries are not needed")
+
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: not JSON"):
+        gate(run, iterations, Store(tmp_path / "store"), prepare=prepare)
+    run, iterations = laid_out()
+    with pytest.raises(AssertionError, match="the libraries are not needed"):
+        gate(run, iterations, Store(tmp_path / "store"), prepare=prepare)
 
 
 @pytest.mark.parametrize("everything", [False, True])

@@ -426,9 +426,7 @@ def pass_gate(
     from dnpo.running.gate import gate, show
     from dnpo.running.gate.tracking import check_tracking
 
-    if everything or not all(store.has(stage) for iteration in iterations for stage in iteration.stages):
-        command.prepare_torch(threads)
-    findings = gate(run, iterations, store, everything)
+    findings = gate(run, iterations, store, everything, lambda: command.prepare_torch(threads))
     if everything and tracking is not None:
         findings.append(check_tracking(tracking))
     show(console, findings, everything)

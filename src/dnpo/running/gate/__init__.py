@@ -4,7 +4,7 @@
 files are named by subject: ``chain.py``, ``judge.py``, ``rows.py``, ``text.py``, ``machine.py``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dnpo.running.console import Console
 from dnpo.running.gate import chain
@@ -17,19 +17,30 @@ __all__ = ["Finding", "Level", "gate", "show"]
 WORDS: dict[Level, str] = {"warn": "warning", "stop": "problem"}
 
 
-def gate(run: Run, iterations: Sequence[Iteration], store: Store, everything: bool = False) -> list[Finding]:
+def gate(
+    run: Run,
+    iterations: Sequence[Iteration],
+    store: Store,
+    everything: bool = False,
+    prepare: Callable[[], None] = lambda: None,
+) -> list[Finding]:
     """Run every check, in the order of the run's stages.
 
     If all stages are in the store, only the chain itself is checked, unless ``everything`` is true.
+
+    Args:
+        prepare: called before the libraries are used.
     """
     found = [chain.reference(iterations, run.plans)]
     todo = [stage for iteration in iterations for stage in iteration.stages if everything or not store.has(stage)]
     if not todo:
         return [*found, Finding("stages", "pass", "all are in the store, so there is nothing more to check")]
+    data, facts = run.data.read()  # first, since importing the libraries takes seconds
+    prepare()
     from dnpo.running.gate.checks import check
     from dnpo.running.gate.engine import findings
 
-    return found + findings(run, iterations, todo) + check(run, iterations, store, todo)
+    return found + findings(run, iterations, todo) + check(run, iterations, store, todo, data, facts)
 
 
 def show(console: Console, findings: Sequence[Finding], everything: bool) -> None:

@@ -18,9 +18,21 @@ from dnpo.store import Stage, Store
 LOOKED_AT = 256  # rows of a split that are rendered and encoded
 
 
-def check(run: Run, iterations: Sequence[Iteration], store: Store, todo: Sequence[Stage]) -> list[Finding]:
-    """Run every check of a run whose stages ``todo`` are not computed yet."""
-    data, facts = run.data.read()
+def check(
+    run: Run,
+    iterations: Sequence[Iteration],
+    store: Store,
+    todo: Sequence[Stage],
+    data: rows.Rows,
+    facts: Mapping[str, Any],
+) -> list[Finding]:
+    """Run every check of a run.
+
+    Args:
+        todo: the stages that are not computed yet.
+        data: the rows of every split.
+        facts: what the source reported when it read them.
+    """
     found = _rows(run, data, facts)
     try:
         with _base(run, iterations[0].prompts, data, store) as folder:
