@@ -300,7 +300,7 @@ def refuse_judges(runs: Sequence[TrackedRun]) -> None:
     judges = Counter(str(_judge_in_force(run)) for run in runs)
     if len(judges) > 1:
         shown = ", ".join(f"{judge} ({plural(count, 'run')})" for judge, count in judges.most_common(SHOWN))
-        raise DataError(f"runs measured by different judges in one comparison: {shown}; set judge@eval.judge for all")
+        raise DataError(f"runs measured by different judges in one comparison: {shown}; give all +judge@eval.judge=…")
 
 
 def _judge_in_force(run: TrackedRun) -> dict[str, str]:

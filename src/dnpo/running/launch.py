@@ -121,7 +121,7 @@ class Torchrun:
         if self.nodes > 1 and not (self.rendezvous and self.through):
             missing = "through" if self.rendezvous else "rendezvous"
             what = "the command that starts torchrun on each" if self.rendezvous else "host:port of one of them"
-            raise SettingsError(f"{missing}: with nodes={self.nodes} machines it needs a value, {what}")
+            raise SettingsError(f"{missing}: needs a value with launch.nodes={self.nodes}: {what}")
 
     @property
     def world(self) -> int:

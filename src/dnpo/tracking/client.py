@@ -69,7 +69,7 @@ def check_reachable(uri: str, seconds: float = 10) -> None:
         problem = getattr(error, "reason", error)
         raise TrackingError(
             f"tracking.uri={strip_password(uri)}: no tracking server answers there ({problem}); start it, "
-            " set tracking.uri or MLFLOW_TRACKING_URI, or run with tracking=off"
+            "set tracking.uri or MLFLOW_TRACKING_URI, or run with tracking=off"
         ) from error
 
 
