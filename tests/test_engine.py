@@ -133,7 +133,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "unknown_token": ("token 1000000 is not in the policy's vocabulary", "tokenizer"),
     "too_many": ("max_tokens=12",),
     "echo": ("must not echo",),
-    "fewer": ("1 completions came back, and n=2",),
+    "fewer": ("1 completions came back, but n=2",),
     "other_model": ("the model another",),
     "no_logprobs": ("no log-probabilities",),
     "bad_logprob": ("is 0.5; expected a number of at most 0",),

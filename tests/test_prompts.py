@@ -139,10 +139,10 @@ def test_all_and_seed_are_the_same_in_every_iteration() -> None:
 def test_more_iterations_than_parts_are_refused() -> None:
     Fresh(shares=[1, 2]).check(2)
     Fresh(shares=[1, 2], seed_share=0.1).check(3)
-    with pytest.raises(SettingsError, match=r"^prompts\.shares=\[1, 2\]: has 2 parts, and iterations=3 needs 3; add"):
+    with pytest.raises(SettingsError, match=r"^prompts\.shares=\[1, 2\]: has 2 parts, but iterations=3 needs 3; add"):
         Fresh(shares=[1, 2]).check(3)
     with pytest.raises(
-        SettingsError, match=r"has 2 parts in addition to the seed, and iterations=9 needs 8; .* at most 3 it"
+        SettingsError, match=r"has 2 parts in addition to the seed, but iterations=9 needs 8; .* at most 3 it"
     ):
         Fresh(shares=[1, 2], seed_share=0.1).check(9)
     with pytest.raises(SettingsError, match="iterations=3 needs 3"):

@@ -1,16 +1,16 @@
 """Find near-duplicate texts by the Jaccard index of their sets of three successive words.
 
-Sequences that occur in more than one of twenty texts (``COMMON``) and in more than ``MANY`` texts belong to a template
+Sequences that occur in more than one text in twenty (``COMMON``) and in more than ``MANY`` texts belong to a template
 that many texts share, so they do not show similarity. They are left out of the sets, except in a text that has no
 others.
 
 The search is exact and deterministic, by prefix filtering (Chaudhuri, Ganti and Kaushik 2006). If the Jaccard index of
-two sets is at least t, a share t of the larger set is in the smaller one. So if all members have one fixed order, the
-first few members of both sets have one in common, and only texts with a common first member are compared. Rare members
-come first in the order, so few texts are compared. If the first common member is the i-th of one text and the j-th of
-the other, they can share at most as many members as the shorter rest from there on has. If these are too few, the texts
-are not compared (positional filtering; Xiao et al. 2008). MinHash would miss some pairs and cost more at such
-thresholds.
+two sets is at least t, a share t of the larger set is in the smaller one. So if the members of all sets are sorted in
+one order, the first few members of two such sets include a common one, and only texts for which this is true are
+compared. Rare members come first in the order, so few texts are compared. If the first common member is the i-th of one
+text and the j-th of the other, each text has some members from there on, and at most the smaller of these two numbers
+can be common. If it is too small, the texts are not compared (positional filtering; Xiao et al. 2008). MinHash would
+miss some pairs and cost more at such thresholds.
 """
 
 import math

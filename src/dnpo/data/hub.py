@@ -81,7 +81,7 @@ class Hub(Rows):
         for commit in cached - {revision}:
             if revision is not None and len(commit) == 40:
                 raise DataError(
-                    f"data.revision={revision}: cannot be loaded from the hub, and the cache has another commit of "
+                    f"data.revision={revision}: cannot be loaded from the hub, but the cache has another commit of "
                     f"{self.name}; connect, or give data.revision={commit}"
                 )
         return rows

@@ -71,7 +71,7 @@ class Mixture:
                 raise SettingsError(f"weights.{name}: there is no such source.{nearest(name, self.sources)}")
         for name in self.sources:
             if name not in self.weights:
-                raise SettingsError(f"weights.{name}: needs a value, as every source; or leave the source out")
+                raise SettingsError(f"weights.{name}: needs a value, as every source does; or leave the source out")
 
     def identity(self) -> Mapping[str, Any]:
         """The sources' identities; weights, number of rows and seed only if rows are drawn."""
@@ -137,8 +137,8 @@ class Mixture:
         for name, some in places.items():
             if counts[name] > len(some):
                 raise DataError(
-                    f"data.weights.{name}={self.weights[name]:g}: with data.rows={self.rows} this source gives "
-                    f"{counts[name]:,} training rows, and it has {len(some):,}; expected at most data.rows={most}, or "
+                    f"data.weights.{name}={self.weights[name]:g}: with data.rows={self.rows} this source should give "
+                    f"{counts[name]:,} training rows, but it has {len(some):,}; expected at most data.rows={most}, or "
                     "a smaller weight"
                 )
             if not counts[name]:

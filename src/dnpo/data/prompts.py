@@ -57,7 +57,8 @@ class Seed:
 
     Args:
         share: size of the seed as a share of all training prompts; a hash of the conversation chooses its prompts.
-        pairs: how many of the prompts with pairs to use: ``all``, or at most ``share`` of all training prompts.
+        pairs: how many of the prompts with pairs to use: ``all``, or at most the setting ``share`` of all training
+            prompts (``share``).
     """
 
     share: Fraction = 0.0333
@@ -136,7 +137,7 @@ class Fresh:
             beside = " in addition to the seed" if self.seed_share else ""
             needed = iterations - bool(self.seed_share)
             raise SettingsError(
-                f"prompts.shares={self.shares}: has {len(self.shares)} parts{beside}, and iterations={iterations} "
+                f"prompts.shares={self.shares}: has {len(self.shares)} parts{beside}, but iterations={iterations} "
                 f"needs {needed}; add shares, or run at most {parts} iterations"
             )
 

@@ -14,7 +14,7 @@ from dnpo.data.unusable import RowError
 from dnpo.records import Message
 from dnpo.settings import nearest
 
-UNKNOWN_ROLE = "{} has a role of an unknown name"
+UNKNOWN_ROLE = "{} has a role with an unknown name"
 TURNS = "a list of turns with role and content"
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),

@@ -129,12 +129,12 @@ class Live(Ahead):
         super().__post_init__()
         if self.engine is not None:
             raise SettingsError(
-                "engine: with rollout=live the policy in training responds, and its weights cannot be sent to a "
+                "engine: with rollout=live the policy in training responds, but its weights cannot be sent to a "
                 "server at each step; take rollout.engine=null to sample in this process, or rollout=ahead"
             )
         if not self.every and self.prompts:
             raise SettingsError(
-                f"every=0: there is a single rollout, of all prompts, and prompts={self.prompts} is a part of them; "
+                f"every=0: a single rollout has all prompts, but prompts={self.prompts} asks for some of them; "
                 "expected every=1 or more, or prompts=0"
             )
         for name in ("capacity", "ahead_by"):

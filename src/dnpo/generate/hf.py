@@ -295,7 +295,7 @@ class _Batch:
         self._kept: _Prompts | None = None  # a prompt for which more rows will join
 
     def has_room(self, rows: int) -> bool:
-        """Whether this many rows should join now: they fit, and enough of the batch is free for a read to pay."""
+        """Whether this many rows should join now: they fit, and enough of the batch is free for a read to pay off."""
         free = self._size - len(self.lengths)
         return not self.lengths or (self._joinable and free >= max(rows, self._size * FREE))
 

@@ -102,7 +102,7 @@ def typical(clusters: Clusters, count: int) -> "Whole":
 def alike(embedding_NH: "Array", clusters: Clusters, count: int) -> "Whole":
     """The rows that are most similar to a kept row of their cluster (SemDeDup: Abbas et al. 2023, algorithm A).
 
-    The paper leaves out the rows above a threshold of likeness; here the threshold follows from ``count``.
+    The paper leaves out the rows above a threshold of similarity; here the threshold follows from ``count``.
     """
     import numpy as np
 

@@ -93,8 +93,8 @@ class Mix(Curriculum):
         if sum(shares) <= 0:
             raise SettingsError(
                 f"curriculum.shares={self.shares}: in iteration {iteration} only the first {len(shares)} of these "
-                "iterations exist, and their shares sum to 0; expected a positive share of one that exists, or no "
-                "curriculum that early"
+                "shares have an iteration, and they sum to 0; expected a positive one among them, or no curriculum in "
+                "this iteration"
             )
         return [share / sum(shares) for share in shares]
 

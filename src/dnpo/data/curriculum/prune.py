@@ -30,7 +30,7 @@ class Prune(Curriculum):
     - ``typical``: the pairs nearest to their centres (SSL prototypes);
     - ``alike``: the pairs most similar to another pair of their cluster (SemDeDup);
     - ``alike_typical``: ``alike``, then ``typical`` in new clusters of the others (D4);
-    - ``random``: any.
+    - ``random``: pairs drawn at random.
 
     Embeddings are clustered without scaling them to one length, since a policy's embeddings are longer for unusual
     texts. Similarity is the cosine.

@@ -110,7 +110,7 @@ class Robust(Curriculum):
             if chosen is None or rejected is None:
                 side = "chosen" if chosen is None else "rejected"
                 raise DataError(
-                    f"curriculum.epsilon={self.epsilon}: the {side} response to {pair.id} has no score, and the "
+                    f"curriculum.epsilon={self.epsilon}: the {side} response to {pair.id} has no score, but the "
                     "weights follow from the implicit rewards of both; choose judge=implicit, and a dsl that needs it"
                 )
             if pair.weight != 1 or pair.shift:

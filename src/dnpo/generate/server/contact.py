@@ -79,6 +79,6 @@ def explain(server: Server, connection: Connection, refusal: Refusal, model: str
     if refusal.status == 404:
         return f"{PART}: {where}: not found ({text}); check {PART}.base_url and {PART}.model. {KEPT}"
     return (
-        f"{PART}: {where} refuses a request ({text}); where it finds a prompt too long or a token unknown, it has a "
+        f"{PART}: {where} refuses a request ({text}); if it finds a prompt too long or a token unknown, it has a "
         f"smaller context (vLLM: --max-model-len) or another tokenizer than the policy. {KEPT}"
     )

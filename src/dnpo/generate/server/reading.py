@@ -72,10 +72,10 @@ def read_reply(raw: bytes, asked: Asked) -> Reply:
     reply = _parse(raw)
     served = reply.get("model")
     if isinstance(served, str) and served != asked.model:
-        raise EngineError(f"the reply is by the model {served}, and {asked.model} was asked")
+        raise EngineError(f"the reply is by the model {served}, but {asked.model} was asked")
     choices = sorted(reply["choices"], key=lambda choice: _whole(choice.get("index")) or 0)
     if len(choices) != asked.count:
-        raise EngineError(f"{len(choices)} completions came back, and n={asked.count} were asked for")
+        raise EngineError(f"{len(choices)} completions came back, but n={asked.count} were asked for")
     usage = reply.get("usage")
     read = _whole(usage.get("prompt_tokens")) if isinstance(usage, Mapping) else None
     if read is not None and read != len(asked.prompt):
@@ -147,7 +147,7 @@ def _read_tokens(choice: Mapping[str, Any], asked: Asked) -> list[int]:
     if len(tokens) > asked.limit:
         if tokens[: len(asked.prompt)] == asked.prompt:
             raise EngineError("the prompt's tokens came back before the completion; the server must not echo them")
-        raise EngineError(f"{len(tokens):,} tokens came back, and max_tokens={asked.limit:,} was asked for")
+        raise EngineError(f"{len(tokens):,} tokens came back, but max_tokens={asked.limit:,} was asked for")
     return tokens
 
 
@@ -165,7 +165,7 @@ def _check_end(tokens: Sequence[int], finish: str, asked: Asked) -> None:
         )
     if finish == "length" and stop is None and len(tokens) < asked.limit:
         raise EngineError(
-            f"a completion was cut at {len(tokens):,} tokens, and max_tokens={asked.limit:,} was asked for: the "
+            f"a completion was cut at {len(tokens):,} tokens, but max_tokens={asked.limit:,} was asked for: the "
             f"server's context has no room for them after a prompt of {len(asked.prompt):,} tokens (vLLM: "
             "--max-model-len)"
         )
@@ -173,7 +173,7 @@ def _check_end(tokens: Sequence[int], finish: str, asked: Asked) -> None:
 
 def _other_prompt(what: str, count: int) -> str:
     return (
-        f"the server read another prompt: {what}, and {count:,} tokens were sent; it must neither cut prompts nor add "
+        f"the server read another prompt: {what}, but {count:,} tokens were sent; it must neither cut prompts nor add "
         "tokens (vLLM: add_special_tokens, truncate_prompt_tokens)"
     )
 

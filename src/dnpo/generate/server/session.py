@@ -31,7 +31,7 @@ from dnpo.store import Report, write_json
 
 PROBES, PROBE_TOKENS = 4, 8  # number of prompts of the check at the start, and maximum number of tokens after each
 PROBE_SLACK = 4.0  # factor for the check at the start, whose tokens are few and unlikely
-ENOUGH = 256  # with this many tokens, their mean difference is checked alone too; else only with all earlier tokens
+ENOUGH = 256  # with fewer new tokens, their mean difference is checked only together with all earlier tokens
 # Parameters that the model's folder may set on the server (generation_config.json); these values have no effect.
 PLAIN = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
@@ -189,8 +189,8 @@ class Session:
             return self.saved
         if hasattr(self.policy.model, "peft_config"):
             raise EngineError(
-                "generate=server: the policy has adapters that are not merged into its weights, which a server cannot "
-                "be given; sample in this process (generate.engine=null)"
+                "generate=server: the policy has adapters that are not merged into its weights, and a server cannot "
+                "load these; sample in this process (generate.engine=null)"
             )
         folder = self.folder / "policy"
         self.policy.save(folder)
@@ -237,7 +237,7 @@ class Session:
         return "the server" if self._asker is None else self._asker.name  # none if all replies are on the disk
 
     def _warn_of_equal_samples(self, rows: Sequence[tuple[Prompt, int]], sampling: Sampling) -> None:
-        """Warn if all samples of each prompt are equal, for example because a server uses one seed for a request."""
+        """Warn if all samples of each prompt are equal, for example because a server uses one seed for them."""
         by_prompt: dict[str, set[tuple[int, ...]]] = {}
         for (prompt, _), drawn in zip(rows, self._drawn, strict=True):
             by_prompt.setdefault(prompt.id, set()).add(tuple(drawn.tokens))
