@@ -269,7 +269,7 @@ def test_required_headers_are_sent_and_their_values_are_not_stored(
         ({"pattern": "(a)(b)"}, "has 2 groups"),
         ({"pattern": "(a)", "reading": "logprobs"}, "pattern: .*reading=logprobs"),
         ({"base_url": "http://host:port/v1"}, "base_url=http://host:port/v1: expected an address"),
-        ({"same_as": "https://me:planted@host/v1"}, "same_as: has a name, password"),
+        ({"same_as": "https://me:planted@host/v1"}, "same_as: has a user name, password"),
     ],
 )
 def test_settings_that_cannot_work_are_named(settings: dict[str, Any], says: str) -> None:

@@ -238,7 +238,7 @@ def test_a_question_has_a_deadline(tmp_path: Path) -> None:
         verdicts = ask(judge_of(server, timeout=0.4, deadline=1.5), tmp_path, prompts, responses)
         assert time.monotonic() - started < 5
         assert [v.score for v in verdicts] == [None] * 3
-        assert all("given up for judge.deadline=1.5 s" in v.reason for v in verdicts)
+        assert all("given up after judge.deadline=1.5 s" in v.reason for v in verdicts)
 
 
 def test_an_unreachable_server_fails_the_rows_and_not_the_run(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_the_forecast_is_the_real_cost_or_a_little_more(tmp_path: Path) -> None:
     ("settings", "says"),
     [
         ({"base_url": "judge.example"}, "base_url=judge.example: expected an address"),
-        ({"base_url": f"https://me:{KEY}@judge.example/v1"}, "has a name, password or query in it"),
+        ({"base_url": f"https://me:{KEY}@judge.example/v1"}, "has a user name, password or query in it"),
         ({"template": "nowhere.yaml"}, "judge.template=nowhere.yaml"),
         ({"prices": "nowhere.yaml"}, "judge.prices=nowhere.yaml"),
     ],

@@ -115,7 +115,8 @@ def test_a_broken_table_is_named_with_advice(text: str, problem: str, tmp_path: 
     assert said.startswith(f"judge.prices={path}: ")
     assert problem in said
     assert (
-        "expected lines as `model: {input: 0.4, output: 1.6, batch: 0.5}`, in US dollars for a million tokens" in said
+        "expected lines such as `model: {input: 0.4, output: 1.6, batch: 0.5}`, in US dollars for a million tokens"
+        in said
     )
 
 

@@ -242,7 +242,7 @@ def test_a_refused_score_has_a_reason() -> None:
 
     assert said("No.") == "no number in the reply"
     assert said("8.5") == "not one whole number alone in the reply"
-    assert said("101") == said("9" * 5000) == "a number out of 0-100 in the reply"
+    assert said("101") == said("9" * 5000) == "a number outside 0-100 in the reply"
 
 
 def test_every_whole_number_from_0_to_100_is_read_and_no_other() -> None:
@@ -400,7 +400,7 @@ def test_expected_score_of_one_certain_token_is_its_number() -> None:
         ([{"1": 0.0}, {"00": 0.0}], "several tokens"),
         ([{"8": 0.0}, {".": 0.0}, {"5": 0.0}], "not one whole number"),
         ([{"85": 0.0}, {"/": 0.0}, {"120": 0.0}], "not one whole number"),
-        ([{"150": 0.0, "80": -3.0}], "out of 0-100"),
+        ([{"150": 0.0, "80": -3.0}], "outside 0-100"),
         ([{"٨٥": 0.0, "80": -3.0}], "no number"),
         ([{"80": -math.inf}], "no probability"),
         ([{"80": -9999.0, "x": 0.0}], "no probability"),

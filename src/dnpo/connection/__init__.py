@@ -106,7 +106,7 @@ async def receive(stream: AbstractAsyncContextManager[Any], seconds: float, larg
 
 
 def pause(attempts: int, wait: float | None = None) -> float:
-    """Seconds to wait before the next attempt, randomised, so that simultaneous failures spread out.
+    """Seconds to wait before the next attempt, randomised, so that retries after simultaneous failures spread out.
 
     Args:
         attempts: number of attempts so far; the pause doubles after each.
@@ -130,7 +130,7 @@ def check_address(name: str, url: str, part: str, example: str) -> None:
     parts = urlsplit(url)
     if parts.username or parts.password or parts.query or parts.fragment:
         raise SettingsError(
-            f"{name}: has a name, password or query in it ({parts.scheme}://…@{parts.hostname}); settings are "
+            f"{name}: has a user name, password or query in it ({parts.scheme}://…@{parts.hostname}); settings are "
             f"written down, so give the plain address, and the key in the environment ({part}.key_from, {part}.headers)"
         )
     try:
@@ -152,8 +152,8 @@ def find_bad_key(part: str, option: str, key_from: str, headers: Mapping[str, st
         held = os.environ.get(variable, "")
         if setting and not held:
             return (
-                f"{part}.headers.{setting}: there is no environment variable of the name given there; export the "
-                "header's value, and give the variable's name"
+                f"{part}.headers.{setting}: its value is not the name of an environment variable; export the header's "
+                "value in a variable, and give the variable's name"
             )
         if not held.isascii() or not held.isprintable() or (" " in held and not setting):
             return (

@@ -24,7 +24,7 @@ from dnpo.store import Report
 if TYPE_CHECKING:
     from dnpo.policy.model import Policy
 
-FEWEST = 4800  # a tiny model learned to judge from this many questions; 160 questions it only memorised
+FEWEST = 4800  # a tiny model learned to judge from this many questions; of 160 it only memorised the answers
 
 
 class Gold(NamedTuple):
@@ -102,7 +102,9 @@ class Augmentation:
             known = given_pairs(prompts)
             lack = "no row has a rejected response"
         if not known:
-            raise DataError(f"augment.labels={self.labels}: {lack}, so there is nothing to teach a judge; augment=off")
+            raise DataError(
+                f"augment.labels={self.labels}: {lack}, so there is nothing to teach a judge; take augment=off"
+            )
         order = random.Random(derive(seed, "augment")).sample(range(len(known)), min(len(known), self.rows // 2))
         return [known[i] for i in order]
 
@@ -169,8 +171,8 @@ def augment(
 
     if len(rows) < FEWEST:
         report.note(
-            f"augment: {len(rows):,} questions; a small model learns fewer than about {FEWEST:,} by heart "
-            "instead of learning to judge (python -m benchmarks.self_judge). More pairs give more: data.gold_pairs=1 "
-            "in the tiny world"
+            f"augment: {len(rows):,} questions; with fewer than about {FEWEST:,}, a small model memorises the answers "
+            "instead of learning to judge (python -m benchmarks.self_judge). More pairs give more questions: "
+            "data.gold_pairs=1 in the tiny world"
         )
     return teach(policy, rows, optimisation, seed=seed, folder=folder, report=report)

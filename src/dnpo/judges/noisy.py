@@ -89,7 +89,7 @@ class Noisy(Judge):
 
     @property
     def only_compares(self) -> bool:
-        """As of the judge that it wraps."""
+        """The same as for the judge that it wraps."""
         return self.wraps.only_compares
 
     @property
@@ -99,17 +99,17 @@ class Noisy(Judge):
 
     @property
     def in_shards(self) -> bool:
-        """As of the judge that it wraps."""
+        """The same as for the judge that it wraps."""
         return self.wraps.in_shards
 
     @property
     def spends_freely(self) -> bool:
-        """As of the judge that it wraps."""
+        """The same as for the judge that it wraps."""
         return self.wraps.spends_freely
 
     @property
     def prompts_seen(self) -> frozenset[str]:
-        """As of the judge that it wraps."""
+        """The same as for the judge that it wraps."""
         return frozenset(self.wraps.prompts_seen)
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:

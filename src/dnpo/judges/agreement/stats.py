@@ -177,14 +177,18 @@ def measures(rows: Judged) -> dict[str, AgreementMeasure]:
         "ties_people": share(~prefers, everywhere, none_there),
         "kappa": cohen(judge, label),
         **_with_persons(judge, rows.votes_RV),
-        "longer_judge": share(judge == longer, decided & unequal, "the judge prefers one of unequal length nowhere"),
-        "longer_people": share(label == longer, prefers & unequal, "people prefer one of unequal length nowhere"),
+        "longer_judge": share(
+            judge == longer, decided & unequal, "the judge never prefers one of two responses of unequal length"
+        ),
+        "longer_people": share(
+            label == longer, prefers & unequal, "people never prefer one of two responses of unequal length"
+        ),
     }
     result["length_bias"] = difference(result["longer_judge"], result["longer_people"])
     for name, they in (("longer", label == longer), ("shorter", label != longer)):
         among = prefers & unequal & they
         right = np.where(judge == TIE, 0.5, judge == label)
-        result[f"accuracy_{name}"] = share(right, among, f"people prefer the {name} one nowhere")
+        result[f"accuracy_{name}"] = share(right, among, f"people never prefer the {name} one")
     return result | _of_orders(rows.orders_RN) | _of_scores(rows.scores_RN)
 
 

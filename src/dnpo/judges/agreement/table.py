@@ -31,19 +31,19 @@ LINES = (
     MeasureLine("ties_judge"),
     MeasureLine("ties_people"),
     MeasureLine("kappa", "chance 0"),
-    MeasureLine("kappa_persons", "between two persons, next line"),
+    MeasureLine("kappa_persons", "two persons: next line"),
     MeasureLine("kappa_between_persons"),
     MeasureLine("fleiss_persons"),
-    MeasureLine("fleiss_with_judge", "without the judge, line above"),
-    MeasureLine("flips", "best 0 %"),
-    MeasureLine("reversals", "best 0 %"),
-    MeasureLine("longer_judge", "by people, next line"),
+    MeasureLine("fleiss_with_judge", "without the judge: line above"),
+    MeasureLine("flips", "ideally 0 %"),
+    MeasureLine("reversals", "ideally 0 %"),
+    MeasureLine("longer_judge", "people: next line"),
     MeasureLine("longer_people"),
-    MeasureLine("length_bias", "none 0"),
+    MeasureLine("length_bias", "no bias: 0"),
     MeasureLine("accuracy_longer", "chance 50 %"),
     MeasureLine("accuracy_shorter", "chance 50 %"),
-    MeasureLine("multiples_of_5", f"whole numbers by chance {2100 / 101:.0f} %"),
-    MeasureLine("multiples_of_10", f"whole numbers by chance {1100 / 101:.0f} %"),
+    MeasureLine("multiples_of_5", f"by chance {2100 / 101:.0f} %"),
+    MeasureLine("multiples_of_10", f"by chance {1100 / 101:.0f} %"),
     MeasureLine("entropy", f"at most log2(101) = {math.log2(101):.2f}"),
     MeasureLine("distinct"),
 )
@@ -123,7 +123,7 @@ def _between(low: float, high: float) -> str:
     return f"between the map's judges of {below[-1]} % and {above[0]} %"
 
 
-HEADINGS = ("measure", "value", "95 % interval", "rows", "read it against")
+HEADINGS = ("measure", "value", "95 % interval", "rows", "compare with")
 
 
 def table(report: Mapping[str, Any]) -> ScreenTable:

@@ -207,7 +207,7 @@ class _Round:
             reasons[reason] = None
             if time.monotonic() + wait >= began + limits.deadline:
                 all_reasons = ", then ".join(list(reasons)[-3:])
-                late = f"given up for judge.deadline={limits.deadline:g} s, at attempt {attempts}: {all_reasons}"
+                late = f"given up after judge.deadline={limits.deadline:g} s, at attempt {attempts}: {all_reasons}"
                 self._give_up(question, Answer(None, attempts=attempts, reason=late))
                 return
             await self._sleep(wait)
@@ -257,7 +257,7 @@ class _Round:
         if refusal.is_about_money:
             return _Trouble(
                 f"judge: the account behind {endpoint.key_from} has no credit left ({text}). Every answer so far is "
-                "kept: run the same command when it has",
+                "kept: run the same command when it has some",
                 stop=True,
             )
         if status in MENDABLE and endpoint.give_way(refusal.words, body):
@@ -335,6 +335,6 @@ class _Trouble:
 def tell_swap(endpoint: Endpoint, before: str, now: str) -> str:
     """The warning that a server reports another model than before."""
     return (
-        f"the judge {endpoint.model} at {endpoint.base_url} calls itself {now!r} in its replies, and has called itself "
-        f"{before!r}; if the weights there were swapped, judge.version=… keeps their answers apart"
+        f"the judge {endpoint.model} at {endpoint.base_url} calls itself {now!r} in its replies, and called itself "
+        f"{before!r} before; if the weights there were swapped, judge.version=… keeps their answers apart"
     )

@@ -145,7 +145,7 @@ class _Batches:
             if self.max_cost is not None and spent + cost > self.max_cost:
                 raise JudgeError(
                     f"judge.max_cost={self.max_cost:g}: ${spent:.4f} is spent or on its way, and a batch of "
-                    f"{plural(len(keys), 'question')} would cost about ${cost:.4f}; nothing of it is sent. "
+                    f"{plural(len(keys), 'question')} would cost about ${cost:.4f}; it is not sent. "
                     "Raise the limit"
                 )
             upload = ("questions.jsonl", b"".join(map(self._line, keys)))

@@ -207,7 +207,7 @@ class HF(Prompted):
         likeliest = names[max(range(len(names)), key=lambda i: probabilities[i])]
         reply = f"mass {mass:.4g}, mode {likeliest}"
         what = "a number from 0 to 100" if self.mode == "score" else "A, B or TIE"
-        low = f"the model gives {what} only {100 * mass:.0f} % (judge.min_mass={self.min_mass:g})"
+        low = f"the model gives {what} a probability of only {100 * mass:.0f} % (judge.min_mass={self.min_mass:g})"
         if self.mode == "pairwise":
             a, b, _ = probabilities
             if mass < self.min_mass or a + b <= 0:

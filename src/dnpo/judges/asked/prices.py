@@ -47,8 +47,8 @@ def price_of(model: str, path: str | None) -> Price | None:
             first = error.errors()[0]
             problem = f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
         raise SettingsError(
-            f"judge.prices={file}: {problem}; expected lines as `model: {{input: 0.4, output: 1.6, batch: 0.5}}`, in "
-            "US dollars for a million tokens"
+            f"judge.prices={file}: {problem}; expected lines such as `model: {{input: 0.4, output: 1.6, batch: 0.5}}`, "
+            "in US dollars for a million tokens"
         ) from error
     entry = table.get(model) or table.get(re.sub(r"-20\d\d-?\d\d-?\d\d$", "", model))
     return None if entry is None else Price(entry.input / 1e6, entry.output / 1e6, entry.batch)

@@ -32,7 +32,7 @@ def drop_thought(reply: str) -> str:
         opened = re.match(rf"\s*{re.escape(begins)}", reply, re.IGNORECASE)
         closed = re.search(re.escape(ends), reply, re.IGNORECASE)
         if opened and not closed:
-            raise ValueError("nothing but a thought that does not end in the reply")
+            raise ValueError("nothing but an unfinished thought in the reply")
         if closed and (opened or not re.search(re.escape(begins), reply[: closed.start()], re.IGNORECASE)):
             rest = reply[closed.end() :]
             if _has_marks(rest):
@@ -41,7 +41,7 @@ def drop_thought(reply: str) -> str:
                 raise ValueError("nothing after the thought in the reply")
             return rest
     if _has_marks(reply):
-        raise ValueError("a thought that is not at the beginning in the reply")
+        raise ValueError("text before a thought in the reply")
     return reply
 
 
@@ -107,9 +107,9 @@ def _read_number(text: str) -> float:
         raise ValueError(f"{problem} in the reply")
     digits, point, of = found.groups()
     if len(digits) > 3 or int(digits) > 100:
-        raise ValueError("a number out of 0-100 in the reply")
+        raise ValueError("a number outside 0-100 in the reply")
     if point and not of and int(digits) == 1:
-        raise ValueError("1.0, which may be a share and not a point of 100, in the reply")
+        raise ValueError("1.0, which may be a share or 1 point of 100, in the reply")
     return float(digits)
 
 

@@ -92,9 +92,9 @@ class Numeric(Checker):
     """A number as the final answer, as in GSM8K.
 
     The gold answer is the number after ``####``, or its last number if there is no such mark. A response's answer is
-    the first number after its last ``####``, in its last ``\\boxed{…}``, or after its last "answer is" or "answer:";
-    where an equals sign stands there, it is the first number after the last one. Without any of these it is
-    the response's last number. Commas between thousands, currency signs, percent signs, a full stop at the end and
+    the first number after its last ``####``, in its last ``\\boxed{…}``, or after its last "answer is" or "answer:"; if
+    an equation follows there, it is the first number after the last equals sign. Without any of these it is the
+    response's last number. Commas between thousands, currency signs, percent signs, a full stop at the end and
     other notations of the same value make no difference; ``1/2`` is 0.5. Numbers are compared exactly, without
     rounding.
     """

@@ -91,7 +91,7 @@ def _refuse(name: str) -> Callable[..., Any]:
             return name == "eq"
         if isinstance(other, Remote):
             raise NotPlain(OWN_OBJECTS.format(name, self._kind, other._kind))
-        raise NotPlain(f"the tests compare ({name}) a {self._kind} of the answer, and only plain values are compared")
+        raise NotPlain(f"the tests compare ({name}) a {self._kind} of the answer, but only plain values are compared")
 
     return compare
 
@@ -228,7 +228,7 @@ class Client:
             self._callbacks.append(value)
             return {"callback": len(self._callbacks) - 1}
         raise NotPlain(
-            f"the tests pass a {type(value).__name__} to the answer, and only plain values and functions pass"
+            f"the tests pass a {type(value).__name__} to the answer, but only plain values and functions pass"
         )
 
     def _resolve(self, kind: str, inner: Any) -> Any:
