@@ -35,7 +35,7 @@ def test_the_way_to_quote_is_shown_and_works(place: str, value: str, tmp_path: P
 def test_a_number_is_not_a_path(tmp_path: Path) -> None:
     for value in ("2024", "true"):
         done = train(tmp_path, "data=jsonl", "plan=true", f"data.path={value}")
-        assert """a text that looks like something else is quoted: 'data.path="…"'""" in done.stderr
+        assert """to give it as text, quote it: 'data.path="…"'""" in done.stderr
 
 
 def test_other_commands_show_it_too(tmp_path: Path) -> None:

@@ -679,7 +679,7 @@ def test_the_beginning_of_an_id_has_to_be_unique(lab: Lab) -> None:
     database = Database(lab.uri)
     firsts = [run.id[0] for run in database.runs()]
     twice = next(letter for letter in firsts if firsts.count(letter) > 1)
-    with pytest.raises(DataError, match="runs begin so; give more of the id"):
+    with pytest.raises(DataError, match="runs have ids that begin so; give more of it"):
         select(database, twice)
 
 

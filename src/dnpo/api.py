@@ -191,7 +191,7 @@ class Result:
             iteration: its number; None for the last.
 
         Raises:
-            SettingsError: the iteration has no stage of pairs, since its training makes them itself.
+            SettingsError: the iteration has no stage of pairs, since they are made in training (``rollout=live``).
         """
         import pandas as pd
 
@@ -199,7 +199,7 @@ class Result:
         return pd.read_parquet(self._folder(stage) / "pairs.parquet")
 
     def policy(self, iteration: str | int | None = None) -> Path:
-        """The folder of a policy with its card, which transformers and vLLM load.
+        """The folder of a policy, with its card; transformers and vLLM can load it.
 
         Args:
             iteration: ``SFT`` or a number; None for the policy that the run keeps.

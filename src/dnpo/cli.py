@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``dnpo``.
 
     Args:
-        arguments: None takes the process's.
+        arguments: the command's; None: those of the process.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if not given or given[0] in ("-h", "--help", "help"):

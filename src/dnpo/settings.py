@@ -373,7 +373,7 @@ def _check_value(name: str, value: Any, hint: Any) -> Any:
         first = error.errors()[0]
         problem = "expected true or false" if first["type"].startswith("bool_") else first["msg"]
         quoted = first["type"] == "string_type" and isinstance(value, bool | int | float)
-        advice = f"""; a text that looks like something else is quoted: '{name}="…"'""" if quoted else ""
+        advice = f"""; to give it as text, quote it: '{name}="…"'""" if quoted else ""
         raise SettingsError(f"{name}={value!r}: {problem[0].lower()}{problem[1:]}{advice}") from None
 
 

@@ -258,7 +258,7 @@ class Rows(Sequence[Row]):
 
 
 def _read_group(path: Path, number: int, among: Sequence[str] | None, columns: Sequence[str] | None) -> "pa.Table":
-    """Read a row group, its pages verified.
+    """Read a row group, and verify the checksums of its pages.
 
     Args:
         among: the fields that the sequence has.

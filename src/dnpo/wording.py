@@ -9,7 +9,7 @@ def plural(number: int, noun: str) -> str:
 
 
 def short_number(text: str) -> str:
-    """Round a number of many digits, such as one that a search has drawn, to four of them; other texts stay."""
+    """Round a number of many digits, such as one that a search has drawn, to four; leave other texts unchanged."""
     if len(text) <= LONG:
         return text
     try:

@@ -114,7 +114,7 @@ class Answers:
         return found
 
     def describe(self, row: int) -> list[dict[str, Any]]:
-        """All answers to one prompt, which the run has."""
+        """All answers to one prompt; the run must have this prompt."""
         return [self._describe(row, answer) for answer in range(len(self.score))]
 
     def _describe(self, row: int, answer: int) -> dict[str, Any]:

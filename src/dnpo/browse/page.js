@@ -120,11 +120,11 @@ function pairRow(row) {
   return [
     make("span", "side prompt", make("span", "id", make("bdi", "", row.id), row.family ? ` · ${row.family}` : ""), ...badges, text(row.prompt, "text short")),
     ...sides,
-    difference(row.gap, "score of chosen less that of rejected"),
+    difference(row.gap, "score of chosen minus score of rejected"),
   ];
 }
 
-// What differs from the usual: how sure the label is, the weight, the shift.
+// Values that differ from the usual ones: strength of the label, weight, shift.
 function small(row) {
   const usual = { strength: 1, weight: 1, shift: 0 };
   return Object.entries(usual)

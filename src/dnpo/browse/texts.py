@@ -20,7 +20,7 @@ SHOWN = 300  # characters of a text in a list
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
-    """Read those of the columns that the file has, and verify its pages.
+    """Read those of the columns that the file has, and verify their checksums.
 
     Raises:
         StoreError: the file is damaged.

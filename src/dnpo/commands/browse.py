@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "run in outputs/)",
     )
     parser.add_argument(
-        "--port", type=int, default=PORT, help="default: %(default)s; 0 takes a free one, and links then do not last"
+        "--port", type=int, default=PORT, help="default: %(default)s; 0 takes any free port, so links do not last"
     )
     parser.add_argument("--no-open", action="store_true", help="do not open the page in a browser")
     parser.add_argument("--store", type=Path, help="where the store is now, if it has moved")

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``dnpo chat``. Errors that the user can correct become one line and exit status 1.
 
     Args:
-        arguments: None takes the process's.
+        arguments: the command's; None: those of the process.
     """
     parser = Parser(
         prog=program("dnpo.commands.chat", "chat"),
@@ -49,7 +49,7 @@ def _talk(given: argparse.Namespace) -> None:
     names = " and ".join(speaker.name for speaker in speakers)
     say(f"{names} of {given.run}, {chosen(speakers[0])}. {KEYS}")
     if isinstance(judge, str) and len(speakers) > 1:
-        say(f"No opinion of a judge: {judge}.")
+        say(f"No judge gives an opinion: {judge}.")
     histories: list[list[Message]] = [[] for _ in speakers]
     seed, asked = given.seed, ""
     for text in _lines():

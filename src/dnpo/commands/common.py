@@ -38,7 +38,7 @@ KEPT = "Finished stages are kept and an unfinished one continues: run the same c
 
 
 def collect_garbage_less_often() -> None:
-    """Let Python look for garbage less often: during imports this takes a quarter of the time and finds none."""
+    """Let Python collect garbage less often: during imports, collecting takes a quarter of the time and finds none."""
     gc.set_threshold(10_000)
 
 
@@ -60,7 +60,7 @@ def run(
         body: called with the composed tree and Hydra's settings of the job; its result is what a searching sweeper
             optimises.
         interrupted: message after Ctrl-C, or a signal that asks the process to end.
-        arguments: arguments of the command; None takes the process's.
+        arguments: arguments of the command; None: those of the process.
     """
     failed: list[str] = []
 
@@ -166,7 +166,7 @@ def explain(error: Exception, config: str, arguments: Sequence[str]) -> str:
         return _explain_list(unmerged.group(1), unmerged.group(2), arguments)
     absent = re.search(r"Could not override '([^']+)'\. No match in the defaults list", text)
     if absent:
-        return f"{absent.group(1)}: no option of it is chosen by default; give +{absent.group(1)}=…"
+        return f"{absent.group(1)}: none of its options is chosen by default; give +{absent.group(1)}=…"
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if unknown:
         from hydra import compose, initialize_config_dir
@@ -215,7 +215,7 @@ def _explain_list(group: str, name: str, arguments: Sequence[str]) -> str:
     chosen = next((each for each in arguments if each.partition("=")[0] in lists), "")
     part = chosen.partition("=")[0] or " or ".join(lists) or "a part"
     return (
-        f"{chosen or part}: {group}={name} gives {part} as a list, one for each iteration, and a single option cannot "
+        f"{chosen or part}: {group}={name} gives {part} as a list, one for each iteration, but a single option cannot "
         f"replace it. Set one of the list by its number, such as {part}.1.…=…, or write your own {group}: a copy of "
         f"conf/{group}/{name}.yaml with another {part}"
     )

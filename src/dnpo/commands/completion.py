@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``dnpo completion``.
 
     Args:
-        arguments: None takes the process's.
+        arguments: the command's; None: those of the process.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if len(given) == 2 and given[0] == "query":

@@ -16,7 +16,7 @@ from dnpo.escape import say
 from dnpo.settings import conf_folder
 
 KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "MLFLOW_TRACKING_URI")
-PROGRAMS = {"bwrap": "judge=code runs programs in a sandbox of it", "pdflatex": "sets the tables of figures"}
+PROGRAMS = {"bwrap": "judge=code can run programs in its sandbox", "pdflatex": "typesets the tables of dnpo figures"}
 LEAST_FREE = 5  # GB of free disk; with less, a run is likely to fill the disk
 
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``dnpo doctor``; the exit status is 1 if something is missing that every run needs.
 
     Args:
-        arguments: None takes the process's.
+        arguments: the command's; None: those of the process.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     problems = [*_packages(), *_settings(), *_device(), *_room()]
     _extras()
     _surroundings()
-    say("\n" + ("Nothing is missing that a run needs." if not problems else "To fix:"))
+    say("\n" + ("Nothing that a run needs is missing." if not problems else "To fix:"))
     for problem in problems:
         say(f"  {problem}")
     sys.exit(1 if problems else 0)

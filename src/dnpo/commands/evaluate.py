@@ -329,11 +329,13 @@ def describe_outcome(outcome: "DuelOutcome", judge: str) -> list[str]:
     lines = [
         "",
         f"Duels under {judge}: wins {_share(won.win)}, ties {_share(won.tie)}, losses {_share(won.lose)}",
-        f"win rate (ties are half) {_share(won.rate)}, p = {won.p:.2g}; {duels}",
-        "95 % intervals over prompts, which do not cover repeated training",
+        f"win rate (a tie counts half) {_share(won.rate)}, p = {won.p:.2g}; {duels}",
+        "95 % intervals over prompts; they do not cover the variation between trainings",
     ]
     if outcome.apart is not None:
-        lines.append(f"the judge's two orders, or its members, differ by {outcome.apart:.1f} points on average")
+        lines.append(
+            f"scores in the two orders, or of the judge's members, differ by {outcome.apart:.1f} points on average"
+        )
     if outcome.controlled is not None:
         found = outcome.controlled
         lines.append(

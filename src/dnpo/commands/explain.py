@@ -59,7 +59,7 @@ def show(config: str, usage: str, arguments: Sequence[str]) -> None:
     for name, value in parts.items():
         _head(name, choices.get(name), width)
         if isinstance(value, list):
-            say(f"  a list, one for each iteration: {name}.0 is that of the first, which is shown here")
+            say(f"  a list, one for each iteration; shown here is the first, {name}.0")
         first = value[0] if isinstance(value, list) and value else value
         if _is_part(first):
             _part(name, first, width)

@@ -135,7 +135,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
     Errors end the process with a message and status 1, or argparse's own status 2.
 
     Args:
-        arguments: the arguments of the command; None takes the process's.
+        arguments: the arguments of the command; None: those of the process.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if COMPLETES in os.environ:

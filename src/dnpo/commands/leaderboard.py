@@ -28,7 +28,7 @@ def top_settings(*, device: str, threads: Count) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``python -m dnpo.leaderboard``."""
-    nothing = "Nothing is kept: the same command starts again."
+    nothing = "Nothing is kept: the same command starts from the beginning."
     command.run("leaderboard", ("dnpo.leaderboard", "leaderboard"), _run, nothing, arguments)
 
 

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``dnpo methods``.
 
     Args:
-        arguments: None takes the process's.
+        arguments: the command's; None: those of the process.
     """
     try:
         own, given = take_folder(sys.argv[1:] if arguments is None else arguments)

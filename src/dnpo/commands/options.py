@@ -41,8 +41,8 @@ def expand_options(cfg: DictConfig, job: Any, places: Sequence[str], starting: S
         place, _, setting = each.key_or_group.partition(".")
         if place in chosen and place in starting and setting == "start":
             raise SettingsError(
-                f"{each.input_line}: {place} is a list, one option for each iteration, and this list says when each "
-                "of them acts; leave one of the two out"
+                f"{each.input_line}: {place} is a list, one option for each iteration, and its order says when each "
+                "of them acts; give either the list or a start"
             )
     for place in places:
         if place in cfg and place not in job.runtime.choices and place not in chosen:

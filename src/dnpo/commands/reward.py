@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``python -m dnpo.judges.reward fit``.
 
     Args:
-        arguments: arguments of the command, ``fit`` first; None takes the process's.
+        arguments: arguments of the command, ``fit`` first; None: those of the process.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given[:1] != ["fit"]:

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``dnpo sample``. Errors that the user can correct become one line and exit status 1.
 
     Args:
-        arguments: None takes the process's.
+        arguments: the command's; None: those of the process.
     """
     parser = Parser(
         prog=program("dnpo.commands.sample", "sample"),
@@ -56,7 +56,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=0, help="of a response; by default the run's")
     parser.add_argument("--seed", type=int, default=0, help="decides the samples (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
-    parser.add_argument("--ledger", type=Path, default=Path("ledger.sqlite"), help="questions to judges (%(default)s)")
+    parser.add_argument("--ledger", type=Path, default=Path("ledger.sqlite"), help="file of judge calls (%(default)s)")
 
 
 def open_policies(given: argparse.Namespace, iterations: Sequence[str | None]) -> "tuple[list[Speaker], SavedPolicy]":

@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--uri", action="append", help=f"where runs were tracked; can be given again (default: {uri})"
         )
-    removing.add_argument("--apply", action="store_true", help="remove, after a question")
+    removing.add_argument("--apply", action="store_true", help="remove, after asking")
     removing.add_argument("--yes", action="store_true", help="remove without a question")
     removing.add_argument("--needed", action="store_true", help="also named stages that runs need")
     return parser
@@ -116,7 +116,7 @@ def verify(given: argparse.Namespace) -> int:
             unknown += 1
             say(f"unverified  {entry.name}: an earlier version of dnpo wrote it, without digests of its files")
     size = sum(entry.size for entry in chosen)
-    say(f"{_count(chosen)}, {_bytes(size)}: {damaged} damaged, {unknown} unverified, the others whole")
+    say(f"{_count(chosen)}, {_bytes(size)}: {damaged} damaged, {unknown} unverified, the others intact")
     if damaged:
         where = f"remote={given.remote}" if given.remote else f"store={shlex.quote(str(given.store))}"
         say(f"dnpo store remove STAGE/KEY {where} yes=true removes one; a run computes it again")
@@ -165,7 +165,7 @@ def publish(given: argparse.Namespace) -> int:
         elif "files" in entry.content and remote.publish(entry.name, entry.content, entry.folder):
             new += 1
             say(f"published   {entry.name}")
-    say(f"{_count(chosen)}: {new} published, {damaged} damaged, the others are there or have no digests")
+    say(f"{_count(chosen)}: {new} published, {damaged} damaged, the others are there already or have no digests")
     return int(damaged > 0)
 
 

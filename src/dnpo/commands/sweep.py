@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``dnpo sweep``.
 
     Args:
-        arguments: None takes the process's.
+        arguments: the command's; None: those of the process.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     sweeps = {file.stem: file for file in sorted((conf_folder() / "sweep").glob("*.yaml"))}

@@ -414,7 +414,7 @@ def pass_gate(
     threads: int,
     tracking: "Tracking | None" = None,
 ) -> None:
-    """Check a run before anything is computed: show the findings, and refuse a run that cannot work or has no use.
+    """Check a run before anything is computed: show the findings, and refuse one that cannot work or would be useless.
 
     Args:
         everything: whether to make the checks of all stages, stored ones too, and to show passed checks.
@@ -470,7 +470,9 @@ def _print_forecast(console: "Console", run: "Run", iterations: "list[Iteration]
         table.add_row(title, f"{some.calls:,}", f"{some.new:,}", cost)
     console.say("")
     console.table(table)
-    console.say("A question of several stages counts for the first. Responses that are not generated yet count as new.")
+    console.say(
+        "A question that several stages ask counts for the first. Responses that are not generated yet count as new."
+    )
 
 
 if __name__ == "__main__":

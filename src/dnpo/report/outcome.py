@@ -65,7 +65,7 @@ def _describe_gain(member: Member, measure: ReportMeasure, items: Items) -> str:
         change += f", the same {over}"
     elif estimate.low is not None:
         low, high = (format_value(end, metric, signed=True) for end in (estimate.low, estimate.high))
-        change += f"; 95 % interval {low} to {high} {over}, which does not cover repeated training"
+        change += f"; 95 % interval {low} to {high} {over}, without the variation between trainings"
     return f"{metric.title}: from {first} to {last} {metric.unit}, {_ends(values)} ({change})."
 
 
@@ -154,7 +154,7 @@ def _describe_differences(each: MeasureComparison) -> str:
         if shown is not None and shown.star
     ]
     tests = each.differences.tests
-    corrected = f"after Holm's correction over {tests} tests" if tests > 1 else "by its one test"
+    corrected = f"after Holm's correction over {tests} tests" if tests > 1 else "by a single test"
     what = (
         f"different from {each.baseline}: {'; '.join(starred)}" if starred else f"nothing differs from {each.baseline}"
     )

@@ -53,7 +53,7 @@ def select(database: Database, given: str) -> Selection:
     own = _parents(database, runs)
     hits = [each for each in [*runs, *own.values()] if each.id.startswith(given)] if given else []
     if len(hits) > 1:
-        raise DataError(f"{given}: {len(hits)} runs begin so; give more of the id")
+        raise DataError(f"{given}: {len(hits)} runs have ids that begin so; give more of it")
     if hits and hits[0].id in own:
         return _sweep(database, [run for run in runs if run.tags.get(PARENT) == hits[0].id])
     if hits:
