@@ -79,7 +79,7 @@ class MetricVariant:
 
     Attributes:
         prefix, suffix: added to the names of the group.
-        of: beginning of the group's names that the prefix replaces.
+        of: the beginning of the group's names; the prefix replaces it.
         words: where the quantities are measured.
         label: the same, shorter.
         needs: what to add to the command to have them measured.
@@ -115,8 +115,8 @@ class MetricGroup:
 
 
 SFT = MetricVariant("sft/", "in fine-tuning", "SFT")
-AUGMENT = MetricVariant("augment/", "in the judge's lessons", "lessons")
-LIKE = MetricVariant("like/", "in the training that npo=matched matches", "matched")
+AUGMENT = MetricVariant("augment/", "in the training of a judge by augment=…", "lessons")
+LIKE = MetricVariant("like/", "in the training whose noise npo=matched matches", "matched")
 ITERATION = MetricVariant("iteration/", "of an iteration as a whole", "iteration")
 AGAINST = MetricVariant("against/", "of the other model", "other model", needs="against=…")
 SECOND = MetricVariant("second/", "second judge", "2nd", of="eval/", needs="judge@second_judge=…")
@@ -163,8 +163,20 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("eval/tokens", "Length of sampled answers", "tokens", "tokens"),
             Metric("eval/human_tokens", "Length of human responses", "human tokens", "tokens"),
             Metric("eval/cut", "Sampled answers cut at the limit", "cut", "%", better="lower"),
-            Metric("eval/engine_mean", "Engine against this process, mean by token", "engine", *_ENGINE, needs=SERVER),
-            Metric("eval/engine_max", "Engine against this process, greatest", "engine max", *_ENGINE, needs=SERVER),
+            Metric(
+                "eval/engine_mean",
+                "Mean difference of a token's log p, engine and this process",
+                "engine",
+                *_ENGINE,
+                needs=SERVER,
+            ),
+            Metric(
+                "eval/engine_max",
+                "Largest difference of a token's log p, engine and this process",
+                "engine max",
+                *_ENGINE,
+                needs=SERVER,
+            ),
         ),
         (AGAINST,),
     ),
@@ -192,7 +204,7 @@ GROUPS: tuple[MetricGroup, ...] = (
         (AGAINST,),
     ),
     MetricGroup(
-        "New texts, and the positive samples of their prompts",
+        "New texts, compared with the positive samples of their prompts",
         (
             Metric("texts/bleu", "BLEU", "BLEU", "", 3, needs=TEXTS),
             Metric("texts/bleu_sentence", "BLEU, mean over texts", "BLEU of a text", "", 3, needs=TEXTS),
@@ -202,7 +214,7 @@ GROUPS: tuple[MetricGroup, ...] = (
                 "texts/distinct_<n>_within", "Distinct <n>-grams of a text", "distinct-<n> in a text", "%", needs=TEXTS
             ),
             Metric("texts/distinct_<n>", "Distinct <n>-grams of all", "distinct-<n>", "%", needs=TEXTS),
-            Metric("texts/self_bleu", "BLEU of each text with the others", "self-BLEU", "", 3, needs=TEXTS),
+            Metric("texts/self_bleu", "BLEU of each text against the others", "self-BLEU", "", 3, needs=TEXTS),
             Metric("texts/self_bleu_texts", "Texts that self-BLEU compares", "self-BLEU texts", digits=0, needs=TEXTS),
             Metric("texts/words", "Length in words", "words", "words", needs=TEXTS),
             Metric("texts/characters", "Length in characters", "characters", "characters", needs=TEXTS),
@@ -213,7 +225,7 @@ GROUPS: tuple[MetricGroup, ...] = (
         "Movement of the policy",
         (
             Metric("stagnation/ks", "KS distance of rejected and new", "KS", "", 3),
-            Metric("stagnation/ks_critical", "KS distance that chance exceeds in 5 %", "KS by chance", "", 3),
+            Metric("stagnation/ks_critical", "KS distance that chance exceeds in 5 % of cases", "KS by chance", "", 3),
             Metric("stagnation/ks_per_token", "KS distance of rejected and new, per token", "KS per token", "", 3),
             Metric("stagnation/wasserstein", "Wasserstein distance of rejected and new", "Wasserstein", "nats", 3),
             Metric(
@@ -262,9 +274,9 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("pairs/pass_at_<k>", "Training prompts with a right answer among <k> samples", "pass@<k>", "%"),
             Metric("curriculum/earlier", "Pairs of earlier iterations trained on again", "earlier pairs", digits=0),
             Metric("curriculum/repeated", "Earlier pairs that a newer one repeats, left out", "repeated", digits=0),
-            Metric("curriculum/short", "Pairs missing from the shares of earlier iterations", "short", digits=0),
-            Metric("curriculum/moved", "Pairs moved in the worst distribution", "moved", digits=0),
-            Metric("curriculum/split", "Pairs moved in part", "split", digits=0),
+            Metric("curriculum/short", "Pairs that earlier iterations lack for their shares", "short", digits=0),
+            Metric("curriculum/moved", "Pairs whose mass the worst distribution moves", "moved", digits=0),
+            Metric("curriculum/split", "Pairs of which only a part moves", "split", digits=0),
             Metric("curriculum/loss", "Mean loss of the pairs", "loss of pairs", "nats", 4),
             Metric("curriculum/worst_loss", "Mean loss under the worst distribution", "worst loss", "nats", 4),
             Metric("curriculum/duplicates", "Pairs that repeat another, left out", "duplicates", digits=0),
@@ -280,14 +292,14 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("generated/tokens", "Tokens generated for training", "generated tokens", digits=0),
             Metric(
                 "generated/engine_mean",
-                "Engine against this process, mean by token, in training samples",
+                "Mean difference of a token's log p, engine and this process, training samples",
                 "generated engine",
                 *_ENGINE,
                 needs=SERVER,
             ),
             Metric(
                 "generated/engine_max",
-                "Engine against this process, greatest, in training samples",
+                "Largest difference of a token's log p, engine and this process, training samples",
                 "generated engine max",
                 *_ENGINE,
                 needs=SERVER,
@@ -314,8 +326,8 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("npo/shift", "Decrease of rejected responses' log p by noise", "noise shift", "nats", 3),
             Metric("suspects/confidence", "Confidence in labels", "confidence", "", 3),
             Metric("suspects/share", "Labels found doubtful", "suspects", "%"),
-            Metric("suspects/share_plain", "Labels doubtful by the policy's own confidence", "plain suspects", "%"),
-            Metric("suspects/share_both", "Labels doubtful by both confidences", "common suspects", "%"),
+            Metric("suspects/share_plain", "Labels doubtful without extrapolation", "plain suspects", "%"),
+            Metric("suspects/share_both", "Labels doubtful with and without extrapolation", "common suspects", "%"),
             Metric("drift/states", "Drift of hidden states on chosen responses", "drift", "", 4, symbol="Δμ² / var"),
             Metric("rollout/reward", "Mean score of the responses of a rollout", "reward", "0-100", better="higher"),
             Metric("rollout/kl", "Divergence of rollouts from the reference", "rollout KL", "nats", 3),
@@ -327,11 +339,15 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("rollout/count", "Rollouts so far", "rollouts", digits=0),
             Metric("ratio/clipped", "Tokens whose importance ratio is clipped", "clipped", "%"),
             Metric(
-                "ratio/kl", "KL from the policy that responded to the policy in training", "KL since", "nats a token", 5
+                "ratio/kl", "KL from the generating policy to the policy in training", "KL since", "nats a token", 5
             ),
             Metric("loss/value", "Loss of the value head", "value loss", "", 5, "lower"),
             Metric(
-                "value/explained", "Variance of later rewards that values explain", "explained", "%", better="higher"
+                "value/explained",
+                "Share of the variance of later rewards that values explain",
+                "explained",
+                "%",
+                better="higher",
             ),
             Metric("rewards/chosen", "Implicit reward of chosen responses", "reward chosen", "", 3),
             Metric("rewards/rejected", "Implicit reward of rejected responses", "reward rejected", "", 3),
@@ -348,17 +364,17 @@ GROUPS: tuple[MetricGroup, ...] = (
         ),
         (SFT, AUGMENT, LIKE, ITERATION, AGAINST),
     ),
-    MetricGroup("Time", (Metric("seconds", "Time of an iteration's stages, when they were computed", "seconds", "s"),)),
+    MetricGroup("Time", (Metric("seconds", "Time that computing an iteration's stages took", "seconds", "s"),)),
     MetricGroup(
         "Duels with another model",
         (
             Metric("duels/win", "Duels won", "win", "%", better="higher", needs=DUELS),
             Metric("duels/tie", "Duels tied", "tie", "%", needs=DUELS),
             Metric("duels/lose", "Duels lost", "lose", "%", better="lower", needs=DUELS),
-            Metric("duels/rate", "Win rate, ties are half", "win rate", "%", better="higher", needs=DUELS),
+            Metric("duels/rate", "Win rate; a tie counts half", "win rate", "%", better="higher", needs=DUELS),
             Metric("duels/duels", "Duels", "duels", digits=0, needs=DUELS),
             Metric("duels/unscored", "Duels that lack a score", "unscored", digits=0, better="lower", needs=DUELS),
-            Metric("duels/p", "P-value of equally many wins and losses", "p", "", 3, needs=DUELS),
+            Metric("duels/p", "P-value if wins and losses are equally likely", "p", "", 3, needs=DUELS),
             Metric(
                 "duels/rate_same_length",
                 "Win rate at the same length",
@@ -398,7 +414,7 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("agreement/fleiss_persons", "Fleiss' κ: all persons", "Fleiss' kappa", "", 2),
             Metric("agreement/fleiss_with_judge", "Fleiss' κ: all persons and the judge", "with the judge", "", 2),
             Metric("agreement/flips", "Flip rate: the verdict changes with the order", "flips", "%"),
-            Metric("agreement/reversals", "Reversal rate: to the other response, no tie in it", "reversals", "%"),
+            Metric("agreement/reversals", "Reversal rate: the winner changes with the order", "reversals", "%"),
             Metric("agreement/longer_judge", "The longer one wins, by the judge", "longer, judge", "%"),
             Metric("agreement/longer_people", "The longer one wins, by people", "longer, people", "%"),
             Metric("agreement/length_bias", "Length bias: the difference", "length bias", "pp"),
