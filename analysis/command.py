@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         outcome = _run(name, known[name], database, runs, asked.out, asked.log)
         same = next((each.name for each in outcomes if each.text == outcome.text), "")
-        print(f"{outcome.name}: {f'skipped as {same}' if same else outcome.text}", flush=True)
+        print(f"{outcome.name}: {f'skipped, for the same reason as {same}' if same else outcome.text}", flush=True)
         outcomes.append(outcome)
     return _report(outcomes)
 
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="instead of each script's sweep; can be repeated; any: all runs",
+        help="this sweep instead of each script's own; can be repeated; any takes all runs",
     )
     options.add_argument("--runs", nargs="+", default=[], metavar="ID", help="only these runs")
     options.add_argument(

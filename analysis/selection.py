@@ -158,7 +158,11 @@ class Runs:
             self.finished, lambda run: [row["iteration"] for row in run.table], differing_starts=False, matters=matters
         )
         late = sorted({k for run in cells.used for k in _starts(run) if k > 1})
-        begins = [f"labels and noise begin at iteration {', '.join(map(str, late))}; before it is SPIN"] if late else []
+        begins = (
+            [f"labels and noise begin at iteration {', '.join(map(str, late))}; before that the runs are SPIN's"]
+            if late
+            else []
+        )
         return replace(cells, notes=(*cells.notes, *begins))
 
     def branches(self, matters: Sequence[str] = ()) -> Cells:

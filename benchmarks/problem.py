@@ -131,7 +131,7 @@ def batches(
         shape: gives the lengths of sequences.
         count: number of batches.
         seed: seed of lengths and tokens.
-        pairs: pairs in a batch; None takes the shape's number.
+        pairs: pairs in a batch; None: the shape's number.
         length: tokens of every sequence, a quarter of them in the prompt; None draws lengths.
     """
     draw = random.Random(seed)

@@ -373,7 +373,7 @@ def test_right_and_wrong_from_end_to_end() -> None:
     error = math.sqrt((22 - 10**2 / 100) / 99 / 100)
     assert found.detectable == pytest.approx(2.82967 * error, abs=1e-4)  # noncentral t, 99 degrees of freedom
     assert found.difference.half == pytest.approx(1.96 * error, rel=0.05)
-    assert found.notes == ("one seed: the interval is over items only and does not cover repeated training",)
+    assert found.notes == ("one seed: the interval is over items only, without the variation between trainings",)
     assert compare_paired(b, a).difference.value == pytest.approx(-0.10)
     assert compare_paired(a.astype(bool), b.astype(bool)) == found
     assert compare_paired(a[None], b[None]) == found

@@ -354,7 +354,7 @@ def test_prompts_of_the_iterations_are_counted() -> None:
     (found,) = rows.used(plans(seeded, seeded, All()), paired)
     fires(found, "warn", "use 36, 2, 40; the prompts of 1 do not fill one policy step", "seed_pairs=share")
     (found,) = rows.used(plans(All(), Fresh(shares=[1])), some)
-    fires(found, "stop", "prompts.shares=[1]: has 1 parts, and iterations=2 needs 2", "prompts=…")
+    fires(found, "stop", "prompts.shares=[1]: has 1 parts, but iterations=2 needs 2", "prompts=…")
 
 
 def test_iterations_on_given_pairs_need_some() -> None:
@@ -883,7 +883,7 @@ def test_needs_shrink_with_existing_stages(tmp_path: Path) -> None:
     assert set(wanted()) == {"disk", "memory, training", "memory, generating"}
     for iteration in iterations[1:]:
         _pretend(store, iteration.policy)
-    assert "0 bytes only for a time" in wanted()["disk"]
+    assert "0 bytes only temporarily" in wanted()["disk"]
     for iteration in iterations:
         for stage in (iteration.responses, iteration.evaluation):
             if stage is not None:

@@ -306,7 +306,7 @@ def test_keys_have_these_settings_only_if_pairs_are_held_out() -> None:
     ("given", "message"),
     [
         (["trainer.holdout=0"], r"trainer\.holdout=0: expected more than 0"),
-        (["method=online_dpo"], r"trainer\.keep=best: measures the loss on held-out pairs, and rollout=live"),
+        (["method=online_dpo"], r"trainer\.keep=best: measures the loss on held-out pairs, but rollout=live"),
         (["objective=refined"], r"trainer\.keep=best: .*Refined"),
         (["reference=ema", "ema=on", "npo=off"], r"trainer\.keep=best: .*reference=ema"),
         (["trainer.parallel=sharded", "launch=torchrun", "launch.devices=2"], r"trainer\.keep=best: .*replicated"),

@@ -551,7 +551,7 @@ def test_the_distance_between_distributions() -> None:
     [
         ("method=spin objective=ppo", r"rollout: ClippedRatio \(objective\) trains on responses .*take rollout=live"),
         ("judge=off", r"judge: NoJudge gives no scores"),
-        ("dsl=score", r"dsl: .* labels pairs, and ClippedRatio \(objective\) makes none; take dsl=off"),
+        ("dsl=score", r"dsl: .* labels pairs, but ClippedRatio \(objective\) makes none; take dsl=off"),
         ("npo=fixed npo.start=0", r"npo: FixedNoise .*does not read; take npo=off"),
         ("reference=none", r"reference=none: ClippedRatio \(objective\) reads the reference"),
         ("reference=ema ema=on", r"ema: ClippedRatio .*take ema=off"),

@@ -173,7 +173,7 @@ def test_a_long_training_tracks_evenly_spaced_steps_and_exact_means(total: int, 
     [
         ({"sweeps": ["mian"]}, r"no run of sweep mian is tracked .* it has main \(2 runs\)"),
         ({"ids": ["nothing"]}, "no run nothing is tracked"),
-        ({"ids": [""]}, "3 runs begin so"),
+        ({"ids": [""]}, "3 runs have ids that begin so"),
         ({"tags": {"dnpo.npo": "fixed"}}, r"no run is left with dnpo\.npo=fixed; values of dnpo\.npo: trainable \(2\)"),
     ],
 )

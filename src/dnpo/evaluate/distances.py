@@ -106,7 +106,9 @@ def kl(policy: Any, reference: Any, tokens: Any) -> Divergence:
             f"{len(p_N)}, {len(q_N)} and {len(tokens_N)}"
         )
     if (tokens_N < 1).any():
-        raise DataError(f"sequence {int(np.argmax(tokens_N < 1))} (from 0) has no tokens; expected one or more of each")
+        raise DataError(
+            f"sequence {int(np.argmax(tokens_N < 1))} (from 0) has no tokens; expected one or more for each"
+        )
     d_N = p_N - q_N
     sequence, token = float(d_N.mean()), float(d_N.sum() / tokens_N.sum())
     per_token = _error(d_N - token * tokens_N)

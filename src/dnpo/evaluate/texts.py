@@ -94,7 +94,7 @@ class Texts:
         """Check the encoder's files, if there is one.
 
         Raises:
-            ModelError: they cannot be used, or its embedding is made in another way.
+            ModelError: they cannot be used, or they define another kind of embedding.
         """
         if self.encoder is not None:
             from dnpo.policy.encoder import check_encoder

@@ -127,7 +127,7 @@ def logistic(
 
 
 def shifted(margin_B: Tensor, shift_B: Tensor, xi_min: float) -> Tensor:
-    """−log u with u = σ(m) − shift: the loss under the worst distribution near the data (methods.md 7). Shape B.
+    """−log u with u = σ(m) − shift: the loss under the worst distribution near the data. Shape B.
 
     If u is below ``xi_min``, the loss is the tangent there, −log ξ_min + (ξ_min − u) / ξ_min, since u may be negative.
     """

@@ -129,7 +129,7 @@ def keep_hidden(
     free = min(ranks.gather(lambda: shutil.disk_usage(folder).free))
     need = f"the reference's hidden states of {tokens:,} {'' if both else 'rejected '}tokens take {_human(size)}"
     if size - written > free - SPARE:
-        lack = f"{need}, and {folder} has {_human(free)} free, of which {_human(SPARE)} must stay free"
+        lack = f"{need}, but {folder} has {_human(free)} free, of which {_human(SPARE)} must stay free"
         if required:
             raise DiskError(f"{setting}=on: {lack}; make room, move the store (store=…), or take auto or off")
         raise Declined(f"{lack}: they are computed again in every step instead")

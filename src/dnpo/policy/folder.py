@@ -134,7 +134,7 @@ def check_stack(folder: Path, quantisation: str | None) -> None:
     if found and stack["quantization"] != quantisation:
         made, asked = (kind or "weights that are not quantised" for kind in (stack["quantization"], quantisation))
         raise ModelError(
-            f"model.quantization: the adapters in {folder} were trained on {made}, and the base is {asked}"
+            f"model.quantization: the adapters in {folder} were trained on {made}, but the base is {asked}"
         )
     if stack["adapters"] != found:
         named = ", ".join(map(str, stack["adapters"]))

@@ -183,8 +183,8 @@ def _origin(saved: SavedPolicy) -> str:
         else "The policy before the first iteration, after supervised fine-tuning if there was any, of a run of dnpo"
     )
     return (
-        f"{what}: self-improvement with synthetic preference data. It was made for research; nothing was done for "
-        "its safety. This card grants no licence: the licences of the base model and of the data apply."
+        f"{what}: self-improvement with synthetic preference data. It was made for research; nothing was done to "
+        "make it safe. This card grants no licence: the licences of the base model and of the data apply."
     )
 
 
@@ -295,7 +295,7 @@ def _serving(saved: SavedPolicy, folder: str, kind: Kind, rank: int, hub: str | 
     room = next((size for size in LORA_RANKS if size >= rank), None)
     if room is None:
         return (
-            f"vLLM accepts ranks up to {LORA_RANKS[-1]}, and this adapter has {rank}: serve a copy with whole weights "
+            f"vLLM accepts ranks up to {LORA_RANKS[-1]}, but this adapter has {rank}: serve a copy with whole weights "
             "instead."
         )
     lora = f"--enable-lora --max-lora-rank {room} --lora-modules {saved.name}={folder}"

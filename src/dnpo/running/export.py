@@ -122,7 +122,7 @@ def _describe_adapters(policy: SavedPolicy, rank: int) -> str:
     joined = f", {count} adapters joined into one (the sum of their updates, exactly)" if count > 1 else ""
     revision = f" at {policy.revision}" if policy.revision else ""
     kind = policy.setting("model", "quantization")
-    quantised = f", whose weights were quantised to {kind} in training and must be in use" if kind else ""
+    quantised = f", whose weights were quantised to {kind} in training, as they must be in use" if kind else ""
     return f"A LoRA adapter of rank {rank}{joined} for the base model {policy.base}{revision}{quantised}."
 
 

@@ -132,12 +132,12 @@ class Torchrun:
         """Refuse work that only one process can do, and training steps with fewer rows than ranks."""
         if run.device not in ("auto", "cpu", "cuda"):
             raise SettingsError(
-                f"device={run.device}: is one device, and launch=torchrun gives every process its own; take device=cuda"
+                f"device={run.device}: is one device, but launch=torchrun gives every process its own; take device=cuda"
             )
         for name, training in run.trainings():
             if training.batch_size < self.world:
                 raise SettingsError(
-                    f"launch.devices={self.devices}: with launch.nodes={self.nodes} there are {self.world} ranks, and "
+                    f"launch.devices={self.devices}: with launch.nodes={self.nodes} there are {self.world} ranks, but "
                     f"a step of {name}.batch_size={training.batch_size} rows leaves some without any; expected at most "
                     f"{training.batch_size} ranks"
                 )
@@ -153,19 +153,19 @@ class Torchrun:
             if plan.trainer.parallel == "sharded" and (plan.reads_average or watches(plan.objective, 1)):
                 what = "ema=on" if plan.reads_average else f"objective={type(plan.objective).__name__}"
                 raise SettingsError(
-                    f"trainer.parallel=sharded: {what} reads all weights or states of all pairs, of which each process "
-                    f"has a part; take trainer.parallel=replicated (in iteration {plan.k})"
+                    f"trainer.parallel=sharded: {what} reads all weights or states of all pairs, but each process has "
+                    f"only a part; take trainer.parallel=replicated (in iteration {plan.k})"
                 )
             if plan.rollout.live and self.world > 1:
                 raise SettingsError(
-                    f"launch.devices={self.devices}: rollout=live generates in training, which one process does; take "
-                    f"launch=here, or rollout=ahead (in iteration {plan.k})"
+                    f"launch.devices={self.devices}: rollout=live generates in training, which only one process can "
+                    f"do; take launch=here, or rollout=ahead (in iteration {plan.k})"
                 )
         samplings = [("generate", run.generate), *(("rollout", plan.rollout) for plan in run.plans)]
         for name, sampling in samplings:
             if self.world > 1 and getattr(sampling, "engine", None) is not None:
                 raise SettingsError(
-                    f"launch.devices={self.devices}: {name}.engine asks a server, which one process does; take "
+                    f"launch.devices={self.devices}: {name}.engine asks a server, which only one process can do; take "
                     f"launch=here, or {name}.engine=null"
                 )
         self._check_gpus(run)
@@ -179,7 +179,7 @@ class Torchrun:
         there = torch.cuda.device_count()
         if there and self.devices > there:
             raise SettingsError(
-                f"launch.devices={self.devices}: torch sees {there} GPUs, and each process needs its own"
+                f"launch.devices={self.devices}: torch sees {there} GPUs, but each process needs its own"
             )
 
     def open(self, settings: Mapping[str, Any], name: str) -> Compute:
@@ -237,7 +237,7 @@ def _run(command: list[str], threads: int, report: Report) -> Made:
             listener.hear_all(process)
         except KeyboardInterrupt:
             process.terminate()  # torchrun ends the ranks in the same way
-            report.note("the processes end, in training after a checkpoint; Ctrl-C ends them at once")
+            report.note("the processes are ending, trainings after a checkpoint; Ctrl-C again ends them at once")
             listener.hear_all(process)
             raise
         finally:

@@ -227,8 +227,8 @@ def policy(k: int, stage: str, folder: Path) -> str:
     """Return the note on the page of a model."""
     when = f"after iteration {k}" if k >= 0 else "after supervised fine-tuning, before iteration 0"
     return (
-        f"The policy {when}. Its weights are not uploaded: they are in the store under {escape(stage)}, and after the "
-        f"run {escape(folder)} can be loaded."
+        f"The policy {when}. Its weights are not uploaded: they are in the store under {escape(stage)}. After the run "
+        f"they can be loaded from {escape(folder)}."
     )
 
 

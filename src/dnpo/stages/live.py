@@ -105,7 +105,7 @@ class PairSource:
         verdicts = [as_verdict(row) for row in rows]
         pairs, counts = dsl.label(plan.dsl, prompts.prompts, prompts.human, generated, verdicts, plan.k)
         if not isinstance(plan.strength, dsl.HardLabels):
-            compare = self.judge.compare_pairs if self.judge is not None and plan.strength.asks else None  # type: ignore[attr-defined]  # words.py has seen that it can
+            compare = self.judge.compare_pairs if self.judge is not None and plan.strength.asks else None  # type: ignore[attr-defined]  # words.py has checked that it can
             by_id: Mapping[str, Prompt] = {row.id: row for row in prompts.prompts}
             pairs = dsl.with_strengths(pairs, plan.strength(by_id, pairs, compare))
         return [replace(pair, step=step) for pair in pairs], {**counts, **self.responder.count(rollout)}

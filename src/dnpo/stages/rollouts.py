@@ -215,7 +215,7 @@ class Responder:
 
     def _judge_meanwhile(self, rollout: int, responses: Sequence[Response]) -> None:
         if self.meanwhile is None:
-            assert self.judge is not None, "somebody who judges"
+            assert self.judge is not None, "a judge that works in the background"
             self.meanwhile = Meanwhile(self.judge, self.ledger, self.report)
         candidates = self._candidates(rollout, responses)
         self.waiting[rollout] = self.meanwhile.ask(self.prompts(rollout).prompts, candidates)

@@ -109,17 +109,17 @@ def _check_live(plan: Plan) -> None:
         return
     if not isinstance(plan.curriculum, NoCurriculum):
         raise SettingsError(
-            f"curriculum: {type(plan.curriculum).__name__} chooses among all pairs of an iteration, and rollout=live "
+            f"curriculum: {type(plan.curriculum).__name__} chooses among all pairs of an iteration, but rollout=live "
             "makes them in training; take curriculum=off, or rollout=ahead"
         )
     if plan.npo.like is not None:
         raise SettingsError(
-            "npo=matched: matches the noise of another training on the same pairs, and rollout=live makes different "
+            "npo=matched: matches the noise of another training on the same pairs, but rollout=live makes different "
             "pairs in each; take npo=offset with a number"
         )
     if any(watch.reads_moments for watch in watches(plan.objective, 1)):
         raise SettingsError(
-            f"objective: {objective} measures the reference on all pairs before training, and rollout=live makes them "
+            f"objective: {objective} measures the reference on all pairs before training, but rollout=live makes them "
             "in training; take rollout=ahead"
         )
     if 0 < how.capacity < plan.trainer.batch_size:
@@ -129,9 +129,9 @@ def _check_live(plan: Plan) -> None:
         )
     if how.segment and not (plan.makes_pairs and plan.dsl.admits_human):
         raise SettingsError(
-            f"rollout.segment={how.segment}: replaces a part of the human response, which "
-            f"{type(plan.dsl if plan.makes_pairs else plan.objective).__name__} does not compare it with; take dsl=off "
-            "or dsl=score, or rollout.segment=0"
+            f"rollout.segment={how.segment}: replaces a part of the human response, with which "
+            f"{type(plan.dsl if plan.makes_pairs else plan.objective).__name__} does not compare the result; take "
+            "dsl=off or dsl=score, or rollout.segment=0"
         )
     asks = plan.judges or plan.strength.asks
     if asks and how.ahead_by and plan.judge.reads_policies:
@@ -154,7 +154,7 @@ def _check_rewards(plan: Plan) -> None:
     if not plan.judge.gives_scores or plan.judge.only_compares:
         what = "compares responses with each other" if plan.judge.gives_scores else "gives no scores"
         raise SettingsError(
-            f"judge: {judge} {what}, and {objective} (objective) takes the score of a single response for its reward; "
+            f"judge: {judge} {what}, but {objective} (objective) takes the score of a single response for its reward; "
             "take a judge that scores, such as judge=reward"
         )
     how = plan.rollout
@@ -167,19 +167,19 @@ def _check_rewards(plan: Plan) -> None:
     if how.ahead_by:
         raise SettingsError(
             f"rollout.ahead_by={how.ahead_by}: {objective} (objective) compares the policy with the one that "
-            "responded, as it is when responses are used first; take rollout.ahead_by=0"
+            "responded, which must not be trained before its responses are used; take rollout.ahead_by=0"
         )
     plain = {"temperature": 1, "top_k": 0, "top_p": 1, "append_eos": False}
     for name in (name for name, value in plain.items() if getattr(how, name) != value):
         raise SettingsError(
-            f"rollout.{name}={_say(getattr(how, name))}: {objective} (objective) has the right gradient for samples of "
-            f"the policy itself alone; take rollout.{name}={_say(plain[name])}"
+            f"rollout.{name}={_say(getattr(how, name))}: {objective} (objective) has the right gradient only for "
+            f"samples of the policy itself; take rollout.{name}={_say(plain[name])}"
         )
     if not isinstance(plan.dsl, HumanChosen) or not isinstance(plan.strength, HardLabels):
         place = "dsl" if not isinstance(plan.dsl, HumanChosen) else "strength"
         off = "off" if place == "dsl" else "hard"
         raise SettingsError(
-            f"{place}: {type(getattr(plan, place)).__name__} labels pairs, and {objective} (objective) makes none; "
+            f"{place}: {type(getattr(plan, place)).__name__} labels pairs, but {objective} (objective) makes none; "
             f"take {place}={off}"
         )
 
@@ -198,7 +198,7 @@ def _check_labels(plan: Plan) -> None:
         )
     if not plan.rollout.generates and needed > 0 and not plan.dsl.admits_human:
         raise SettingsError(
-            f"rollout=given: {type(plan.dsl).__name__} (dsl) compares generated responses, and none are; take "
+            f"rollout=given: {type(plan.dsl).__name__} (dsl) compares generated responses, but there are none; take "
             "dsl=given, or rollout=ahead"
         )
     if plan.rollout.generates and not needed:
@@ -213,7 +213,7 @@ def _check_judge(plan: Plan) -> None:
     word = "live" if plan.rollout.live else "ahead"
     if plan.rollout.generates and plan.dsl.needs_scores and not plan.judge.judges_generated:
         raise SettingsError(
-            f"judge: {type(plan.judge).__name__} has ratings of the data's own responses alone, and rollout={word} "
+            f"judge: {type(plan.judge).__name__} has ratings of the data's own responses alone, but rollout={word} "
             "generates others; take rollout=given, or a judge that reads texts"
         )
     is_initial = plan.k == 0 or (plan.rollout.live and plan.start == "initial")
@@ -233,12 +233,12 @@ def _check_scores(plan: Plan) -> None:
         what = f"{type(getattr(plan, name)).__name__} reads the difference of two responses' scores as a reward in nats"
         if not plan.dsl.needs_scores:
             raise SettingsError(
-                f"{name}: {what}, and {type(plan.dsl).__name__} (dsl) makes pairs without scores; take dsl=two or "
+                f"{name}: {what}, but {type(plan.dsl).__name__} (dsl) makes pairs without scores; take dsl=two or "
                 f"ranked with judge=implicit, and leave {name} off in iterations without such pairs"
             )
         if not plan.judge.in_nats:
             raise SettingsError(
-                f"{name}: {what}, and the scores of {type(plan.judge).__name__} (judge) are points; take judge=implicit"
+                f"{name}: {what}, but the scores of {type(plan.judge).__name__} (judge) are points; take judge=implicit"
             )
 
 
@@ -257,7 +257,7 @@ def _check_objective(plan: Plan) -> None:
         )
     if reads_rejected and not plan.dsl.gives_pairs:
         raise SettingsError(
-            f"dsl: {type(plan.dsl).__name__} gives chosen responses alone, and {objective} (objective) compares them "
+            f"dsl: {type(plan.dsl).__name__} gives chosen responses alone, but {objective} (objective) compares them "
             "with rejected ones; take objective=nll"
         )
 
@@ -275,7 +275,7 @@ def _check_held(plan: Plan) -> None:
     elif plan.reference == "ema":
         why = "with reference=ema the reference changes in training, so losses cannot be compared; take reference=start"
     if why is not None:
-        raise SettingsError(f"trainer.{how.asked}: measures the loss on held-out pairs, and {why}")
+        raise SettingsError(f"trainer.{how.asked}: measures the loss on held-out pairs, but {why}")
 
 
 def judge_of(evaluation: "Evaluation", plans: Sequence[Plan]) -> "Judge":

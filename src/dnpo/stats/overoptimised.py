@@ -46,7 +46,7 @@ def describe_overoptimisation(found: Mapping[str, Mapping[str, float]], figure: 
     """
     gained, *against = (_describe(name, gain) for name, gain in found.items())
     return (
-        f"Over-optimised? By the judge that it learns from, the policy is better ({gained}), but other measures "
+        f"Over-optimised? The policy is better by the judge that it learns from ({gained}), but other measures "
         f"disagree: {'; '.join(against)}. {figure} shows them."
     )
 

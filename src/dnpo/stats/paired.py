@@ -92,7 +92,7 @@ def compare_paired(
     seeds, items = difference_SI.shape
     binary = bool(np.isin(a_SI, (0, 1)).all() and np.isin(b_SI, (0, 1)).all())
     if kind == "right" and not binary:
-        raise DataError("right/wrong results must be 1 or 0, and some are not; compare them as scores")
+        raise DataError("right/wrong results must be 1 or 0, but some are not; compare them as scores")
     kind = kind or ("right" if binary else "scores")
 
     mean = estimate_mean(difference_SI)
@@ -185,7 +185,7 @@ def _notes(seeds: int, items: int, dropped: int, interval: str, still: bool) -> 
     if items == 1:
         notes.append("one item: no interval, and no test can be significant")
     elif seeds == 1:
-        notes.append("one seed: the interval is over items only and does not cover repeated training")
+        notes.append("one seed: the interval is over items only, without the variation between trainings")
     elif interval == "bootstrap" and seeds < FEW:
         notes.append(f"{seeds} seeds: a bootstrap over so few tends to be too narrow; use interval='t'")
     if still:

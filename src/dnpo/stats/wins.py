@@ -65,7 +65,8 @@ def wins(
 
     Duels that lack a score (None or NaN) are left out and counted. Duels about the same prompt are not independent, so
     the bootstrap resamples prompts, each with all its duels. Every duel counts the same, so a prompt with more duels
-    weighs more. The interval generalises to new prompts for the two given models; it does not cover repeated training.
+    weighs more. The interval generalises to new prompts for the two given models; it does not cover the variation
+    between trainings.
 
     Scores 80, 70, None, 60 against 70, 70, 70, 90: of 3 duels one is won, one tied and one lost; the win rate is ½.
 

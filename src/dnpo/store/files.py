@@ -16,7 +16,7 @@ _DIGESTS: dict[tuple[int, ...], str] = {}  # digests of files that this process 
 
 
 def to_json(content: Any) -> str:
-    """Return the text under which JSON is written to files."""
+    """Return JSON as it is written to files."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -95,7 +95,7 @@ def advise(root: Path, folders: list[Path]) -> str:
     """Advise on damaged stages."""
     names = " ".join(f"{folder.parent.name}/{folder.name}" for folder in folders)
     return (
-        f"Nothing of {'it' if len(folders) == 1 else 'them'} is used: dnpo store remove {names} store="
+        f"{'It is' if len(folders) == 1 else 'They are'} not used: dnpo store remove {names} store="
         f"{root} yes=true removes {'it' if len(folders) == 1 else 'them'}, and the next run makes "
         f"{'it' if len(folders) == 1 else 'them'} again"
     )

@@ -321,7 +321,7 @@ class Database:
         if not found:
             raise DataError(f"no run {given} is tracked in {self.uri}, experiment {self.experiment}")
         if len(found) > 1:
-            raise DataError(f"run {given}: {len(found)} runs begin so; give more of its id")
+            raise DataError(f"run {given}: {len(found)} runs have ids that begin so; give more of it")
         return found
 
     @cached_property

@@ -156,7 +156,7 @@ class Tracking:
         """Replace the note at the top of the run's page; it is Markdown."""
 
     def end_note(self, text: str) -> None:
-        """Put how the run ended into the note."""
+        """Write into the note how the run ended."""
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags of the run."""
@@ -418,7 +418,7 @@ class MLflowTracking(Tracking):
         self.tags({NOTE: self._note})
 
     def end_note(self, text: str) -> None:
-        """Put how the run ended into the note; if the note is too long, cut the text before it."""
+        """Write into the note how the run ended; if the note is too long, cut the text before that."""
         self.note(end_note(self._note[: LONGEST - len(text) - 2], text))
 
     def tags(self, values: Mapping[str, str]) -> None:

@@ -113,7 +113,7 @@ def _read(path: Path, task: str) -> list[Row]:
         except (TypeError, ValueError, AttributeError) as error:
             raise RowError(f"cannot be used for {task}", f"cannot be used for {task}: {error}") from error
         if row.get("id") in seen:
-            raise RowError("the id of another row", f"the id {row['id']} is there twice")
+            raise RowError("the id of another row", f"the id {row['id']} occurs twice")
         if "id" in row:
             seen.add(row["id"])
         return row

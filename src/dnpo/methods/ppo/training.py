@@ -226,7 +226,7 @@ class RolloutTraining(Training):
 
     Args:
         observer: makes the experiences; its value head is trained.
-        notes: returns further metrics of the present policy step, which are known as soon as its rows are.
+        notes: returns further metrics of the present policy step, which depend only on its rows.
     """
 
     title = "training on rollouts"

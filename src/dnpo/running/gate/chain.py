@@ -31,7 +31,7 @@ def reference(iterations: "Sequence[Iteration]", plans: "Sequence[Plan]") -> Fin
             found = None if stage is None else stage.inputs.get("policy")
             if stage is not None and _key(found) != _key(right):
                 wrong.append(
-                    f"iteration {iteration.k}: {what} should start from {_describe(right)}, but from {_describe(found)}"
+                    f"iteration {iteration.k}: {what} should start from {_describe(right)}, not from {_describe(found)}"
                 )
         read = iteration.policy.inputs.get("reference")
         if iteration.reference is not None and (read is None or read.key != iteration.reference.key):

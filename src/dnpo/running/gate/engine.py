@@ -86,8 +86,8 @@ def _has_the_policy(server: Server, policies: "dict[str, str]") -> Finding:
     assert server.base_url is not None, "Server has either"
     if len(policies) > 1:
         text = (
-            f"{PART}.base_url={server.base_url}: that server has one policy, and {len(policies)} respond in what is to "
-            f"be computed ({', '.join(policies.values())}); a server that is started by the run gets each of them"
+            f"{PART}.base_url={server.base_url}: that server has one policy, but {len(policies)} respond in the stages "
+            f"to be computed ({', '.join(policies.values())}); a server that the run starts gets each of them"
         )
         return Finding("engine", "stop", text, LAUNCH)
     connection = Connection(server.base_url, server.key_from, headers=server.headers or {}, timeout=server.timeout)

@@ -105,5 +105,7 @@ def canary(judge: Judge, ledger: Ledger) -> Finding:
         settings = asked.settings or "the judge's settings: its address, its model, its question"
         return Finding("judge", "stop", asked.text, settings)
     if asked.warning:
-        return Finding("judge", "warn", f"{asked.text}; {asked.warning}", "judge.version=…, if they were")
+        return Finding(
+            "judge", "warn", f"{asked.text}; {asked.warning}", "judge.version=…, if the weights were swapped"
+        )
     return Finding("judge", "pass", asked.text)

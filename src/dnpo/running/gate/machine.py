@@ -164,7 +164,7 @@ def disk(kept: int, passing: int, optional: int, folder: Path, free: int | None 
     free = shutil.disk_usage(there).free if free is None else free
     need = kept + passing
     text = f"the run writes about {format_bytes(need)} (an estimate), of which "
-    text += f"{format_bytes(passing)} only for a time"
+    text += f"{format_bytes(passing)} only temporarily"
     if optional:
         text += f", and {format_bytes(optional)} of hidden states if there is room"
     text += f"; {format_bytes(free)} free"

@@ -144,7 +144,7 @@ def used(plans: "Sequence[Plan]", train: Sequence[Prompt]) -> list[Finding]:
             return [Finding("prompts", "stop", text, "prompts=…, or the data")]
         if not plan.rollout.generates and not any(row.rejected is not None for row in some):
             text = (
-                f"iteration {plan.k} trains on the data's own pairs, and none of its {len(some):,} rows has a "
+                f"iteration {plan.k} trains on the data's own pairs, but none of its {len(some):,} rows has a "
                 "rejected response"
             )
             found.append(Finding("given pairs", "stop", text, "data.columns, other data, or rollout=ahead"))
@@ -154,7 +154,7 @@ def used(plans: "Sequence[Plan]", train: Sequence[Prompt]) -> list[Finding]:
     text = f"of {len(train):,} training prompts the iterations use {', '.join(f'{size:,}' for size in sizes)}"
     few = [plan.k for plan, size in zip(plans, sizes, strict=True) if size < plan.trainer.batch_size]
     if few:
-        text += f"; the prompts of {', '.join(map(str, few))} do not fill one policy step"
+        text += f"; the prompts of iterations {', '.join(map(str, few))} do not fill one policy step"
     setting = "prompts.shares; pairs=share and seed_pairs=share if nearly all rows have pairs; or the data"
     return [*found, Finding("prompts", "warn" if few else "pass", text, setting)]
 
