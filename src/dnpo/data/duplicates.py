@@ -7,10 +7,10 @@ others.
 The search is exact and deterministic, by prefix filtering (Chaudhuri, Ganti and Kaushik 2006). If the Jaccard index of
 two sets is at least t, a share t of the larger set is in the smaller one. So if the members of all sets are sorted in
 one order, the first few members of two such sets include a common one, and only texts for which this is true are
-compared. Rare members come first in the order, so few texts are compared. If the first common member is the i-th of one
-text and the j-th of the other, each text has some members from there on, and at most the smaller of these two numbers
-can be common. If it is too small, the texts are not compared (positional filtering; Xiao et al. 2008). MinHash would
-miss some pairs and cost more at such thresholds.
+compared. Rare members come first in the order, so few texts are compared. All common members are in the rests of both
+texts from their first common member on, so there are at most as many as the shorter rest has. If these are too few, the
+texts are not compared (positional filtering; Xiao et al. 2008). MinHash would miss some pairs and cost more at such
+thresholds.
 """
 
 import math

@@ -57,8 +57,8 @@ class Seed:
 
     Args:
         share: size of the seed as a share of all training prompts; a hash of the conversation chooses its prompts.
-        pairs: how many of the prompts with pairs to use: ``all``, or at most the setting ``share`` of all training
-            prompts (``share``).
+        pairs: ``all`` takes all prompts with pairs; ``share`` takes at most the share of all training prompts that the
+            setting of this name gives.
     """
 
     share: Fraction = 0.0333

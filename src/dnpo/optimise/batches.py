@@ -127,7 +127,7 @@ class PairBatch(Batch):
         numbers: the numbers of its pairs among all pairs.
         states_NH: the reference's hidden states of all its completion tokens, if the objective reads them and they have
             been kept.
-        notes: further metrics of the policy step, which depend only on its rows.
+        notes: further metrics of the policy step, which are known before it is computed.
     """
 
     reference: PairLogps
@@ -146,8 +146,8 @@ class Collate:
     """Makes micro-batches of pairs.
 
     Attributes:
-        notes: returns further metrics of the present policy step, which depend only on its rows; None if rows are made
-            before training.
+        notes: returns further metrics of the present policy step, which are known before it is computed; None if rows
+            are made before training.
 
     Args:
         reads: what the training reads.

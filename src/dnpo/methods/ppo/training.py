@@ -226,7 +226,7 @@ class RolloutTraining(Training):
 
     Args:
         observer: makes the experiences; its value head is trained.
-        notes: returns further metrics of the present policy step, which depend only on its rows.
+        notes: returns further metrics of the present policy step, which are known before it is computed.
     """
 
     title = "training on rollouts"
