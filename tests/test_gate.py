@@ -352,7 +352,7 @@ def test_prompts_of_the_iterations_are_counted() -> None:
     paired = [replace(each, rejected="No.") if i < 36 else each for i, each in enumerate(some)]
     seeded = Fresh(shares=[1, 1], seed_share=0.1)
     (found,) = rows.used(plans(seeded, seeded, All()), paired)
-    fires(found, "warn", "use 36, 2, 40; the prompts of 1 do not fill one policy step", "seed_pairs=share")
+    fires(found, "warn", "use 36, 2, 40; in iteration 1 the prompts do not fill one policy step", "seed_pairs=share")
     (found,) = rows.used(plans(All(), Fresh(shares=[1])), some)
     fires(found, "stop", "prompts.shares=[1]: has 1 parts, but iterations=2 needs 2", "prompts=…")
 

@@ -154,7 +154,7 @@ def used(plans: "Sequence[Plan]", train: Sequence[Prompt]) -> list[Finding]:
     text = f"of {len(train):,} training prompts the iterations use {', '.join(f'{size:,}' for size in sizes)}"
     few = [plan.k for plan, size in zip(plans, sizes, strict=True) if size < plan.trainer.batch_size]
     if few:
-        text += f"; the prompts of iterations {', '.join(map(str, few))} do not fill one policy step"
+        text += f"; in iteration {', '.join(map(str, few))} the prompts do not fill one policy step"
     setting = "prompts.shares; pairs=share and seed_pairs=share if nearly all rows have pairs; or the data"
     return [*found, Finding("prompts", "warn" if few else "pass", text, setting)]
 
