@@ -181,7 +181,7 @@ def test_two_policies_are_shown_side_by_side_or_one_below_the_other(smoke: Path,
     assert "[sft: " in line
     narrow = chat(smoke, ["What is 2 + 3?"], "against=sft", columns=60)
     assert sum(line.startswith("[") for line in narrow.stdout.splitlines()) == 2
-    assert "No opinion of a judge: the run's judge (Rules) needs rows with a known answer" in wide.stdout
+    assert "No judge gives an opinion: the run's judge (Rules) needs rows with a known answer" in wide.stdout
 
 
 def test_a_judge_of_texts_scores_the_responses(smoke: Path, tmp_path: Path) -> None:
