@@ -228,10 +228,12 @@ def test_the_loss_of_the_last_step_is_shown_and_all_steps_are_passed_on(
         report.steps([])
         report.steps([{"step": 1, "loss/policy": 0.7}, {"step": 2, "loss/policy": 0.69314}])
         now[0] += module.HEARTBEAT + 1
-        report.advance(2)
+        report.advance(1)
     assert [row["step"] for row in passed] == [1, 2]
-    assert "2/100 steps" in (line := capsys.readouterr().out.splitlines()[0])
+    line, summary = capsys.readouterr().out.splitlines()
+    assert "1/100 steps, 0.016/s, about" in line
     assert "loss 0.6931" in line
+    assert "1 step in 61.0 s, 0.016/s" in summary, "a slow stage does not seem to stand still"
 
 
 def test_a_stage_that_does_not_advance_is_reported_every_minute(

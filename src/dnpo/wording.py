@@ -18,6 +18,11 @@ def short_number(text: str) -> str:
         return text
 
 
+def per_second(rate: float, unit: str = "") -> str:
+    """Format a rate, such as ``1,204/s``, ``12 steps/s``, ``0.4/s``: a slow one keeps two digits, so it is not 0."""
+    return (f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}") + (f" {unit}/s" if unit else "/s")
+
+
 def duration(seconds: float | None) -> str:
     """Format a duration, such as ``0.4 s``, ``12 s``, ``3 min 20 s``, ``2 h 5 min``."""
     if seconds is None:

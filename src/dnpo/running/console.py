@@ -16,7 +16,7 @@ from rich.text import Text
 from dnpo.catalogue import Metric, metric
 from dnpo.escape import for_terminal
 from dnpo.screen import ScreenTable
-from dnpo.wording import duration
+from dnpo.wording import duration, per_second, plural
 
 NARROW = 79  # characters: the width of the table that a run ends with
 COMPACT = (  # metrics of that table, the most important ones first; those that do not fit are left out
@@ -62,7 +62,7 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         unit = task.fields.get("unit", "")
-        return Text(f"{speed:,.1f} {unit}/s" if speed else "", style="cyan")
+        return Text(per_second(speed, unit) if speed else "", style="cyan")
 
 
 class _Silence(ProgressColumn):
@@ -244,7 +244,7 @@ class StageReport:
             return
         done = self.done - self.before
         rate = done / (now - self.began) if now > self.began else 0.0
-        left = f"{rate:,.1f}/s, about {duration((self.total - self.done) / rate)} left" if rate else ""
+        left = f"{per_second(rate)}, about {duration((self.total - self.done) / rate)} left" if rate else ""
         words = (left, self.silence(), self.loss, self.words, self.console.left())
         self.note(", ".join([f"{self.done:,}/{self.total:,} {self.unit}", *filter(None, words)]))
 
@@ -269,8 +269,8 @@ class StageReport:
         """Return the amount of work done, its time and its speed."""
         now = time.monotonic()
         seconds, done = now - self.started, self.done - self.before
-        rate = f", {done / (now - self.began):,.0f}/s" if done and now > self.began else ""
-        what = f"{done:,} {self.unit}" if self.unit else "done"
+        rate = f", {per_second(done / (now - self.began))}" if done and now > self.began else ""
+        what = plural(done, self.unit.removesuffix("s")) if self.unit else "done"
         return f"{what} in {seconds:,.1f} s{rate}" + (f", {self.words}" if self.words else "")
 
 
