@@ -414,7 +414,9 @@ def test_overlap() -> None:
 
 @pytest.mark.parametrize(("context", "said"), [(64, "context of 64 tokens leaves none"), (40, "context of 40 tokens")])
 def test_context_without_room_for_prompts_stops(context: int, said: str) -> None:
-    fires(rows.room(48, context, 64), "stop", said, "data.max_response_tokens=64 to less than")
+    fires(rows.room(48, context, 64), "stop", said, f"data.max_response_tokens=64 to less than {context}, or the model")
+    scratch = rows.room(48, context, 64, chosen=True)
+    fires(scratch, "stop", said, f"or model.context={context} to 112")
 
 
 def test_context_with_room() -> None:

@@ -121,7 +121,7 @@ def _tokens(run: Run, data: rows.Rows, policy: Policy) -> tuple[list[Finding], C
     ]
     context: int | None = getattr(policy.causal_lm.config, "max_position_embeddings", None) or None
     longest = min(run.data.max_prompt_tokens, (context or 10**9) - run.limit)
-    room = rows.room(run.data.max_prompt_tokens, context, run.limit)
+    room = rows.room(run.data.max_prompt_tokens, context, run.limit, hasattr(run.model, "context"))
     found.append(room)
     if room.level == "stop":
         return found, None

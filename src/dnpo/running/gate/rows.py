@@ -215,18 +215,20 @@ def overlap(rows: Rows) -> list[Finding]:
     return findings
 
 
-def room(asked: int, context: int | None, limit: int) -> Finding:
+def room(asked: int, context: int | None, limit: int, chosen: bool = False) -> Finding:
     """Check that the model's context leaves room for prompts.
 
     Args:
         asked: maximum tokens of a prompt in the settings.
         context: tokens that the model reads at most; None if its configuration names none.
         limit: maximum tokens of a response.
+        chosen: whether the context is a setting, as that of a model made from scratch is.
     """
     if context is None:
         return Finding("context", "pass", "the model's configuration has no maximum length")
-    setting = f"data.max_response_tokens={limit} to less than {context:,}, or the model"
     if limit >= context:
+        model = f"model.context={context} to {asked + limit}" if chosen else "the model"
+        setting = f"data.max_response_tokens={limit} to less than {context:,}, or {model}"
         text = f"the model's context of {context:,} tokens leaves none for prompts if responses have {limit:,} tokens"
         return Finding("context", "stop", text, setting)
     text = f"prompts of up to {min(asked, context - limit):,} and responses of up to {limit:,} tokens fit into "
