@@ -23,6 +23,7 @@ from dnpo.dsl import (
     Right,
     explain,
     label,
+    summarise,
 )
 from dnpo.dsl.strength import with_strengths
 from dnpo.errors import DataError, SettingsError
@@ -150,6 +151,7 @@ def test_identical_pairs_are_dropped_and_counted(labeller: Labeller, scores: tup
     )
     assert pairs == []
     assert counts == {"pairs": 0, "flipped": 0, "identical": 1, "unscored": 0}
+    assert summarise(counts) == "0 pairs, 1 identical"
 
 
 def test_responses_with_a_common_beginning_are_kept() -> None:

@@ -40,6 +40,7 @@ def test_a_run_reports_its_progress_and_ends_with_its_table(smoke: Path) -> None
     out = (smoke / "stdout.txt").read_text()
     for said in ("supervised fine-tuning", "iteration 0 · generate", "iteration 1 · judge", "iteration 1 · optimise"):
         assert said in out
+    assert re.search(r"iteration 1 · label +\d+ prompts in .*, \d+ pairs", out)
     assert out.index("iteration 1 · label") < out.index("iteration 1 · reference") < out.index("iteration 1 · optimise")
     header = next(line for line in out.splitlines() if line.split()[:1] == ["it."])
     for column in ("score", "accuracy", "win", "lose", "flips", "held-out loss"):

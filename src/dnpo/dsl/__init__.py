@@ -17,6 +17,7 @@ from dnpo.records import GIVEN, HUMAN, Pair, Prompt, Response, Verdict
 from dnpo.seeding import derive
 from dnpo.settings import Count, Natural
 from dnpo.stats.sampling import pass_at_k
+from dnpo.wording import plural
 
 __all__ = [
     "AgainstHuman",
@@ -135,6 +136,12 @@ def explain(counts: Mapping[str, int | float]) -> str:
         f"{name.replace('_at_', '@')} is {counts[name]:.3g} in this iteration" for name in counts if "pass_at" in name
     ]
     return "; ".join([*found, *passed]) or "the labeller (dsl=…) has dropped all of them"
+
+
+def summarise(counts: Mapping[str, int | float]) -> str:
+    """Say how many pairs were made and what was left out, such as ``14 pairs, 38 identical``."""
+    left_out = [f"{counts[name]:,} {name}" for name in REASONS if counts.get(name)]
+    return ", ".join([plural(int(counts["pairs"]), "pair"), *left_out])
 
 
 def label(

@@ -184,6 +184,7 @@ def label(run: Run, plan: Plan, task: Task) -> Facts:
     pairs = Rows.open([task.folder / "pairs.parquet"], Pair)
     if not pairs:
         raise DataError(f"iteration {plan.k}: no pair is left to train on: {dsl.explain(counts)}")
+    task.report.status(dsl.summarise(counts))
     if not hard:
         counts["strength"] = sum(pairs.column("strength")) / len(pairs)
     write_preferences(task.folder / "pairs.jsonl", pairs)
