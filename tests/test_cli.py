@@ -189,7 +189,9 @@ def test_methods_are_listed_with_their_sources_and_explained(tmp_path: Path, nar
     text = dnpo(tmp_path, "methods").stdout
     assert max(map(len, text.splitlines())) <= WIDTH
     for file in (ROOT / "conf" / "method").glob("*.yaml"):
-        assert f"\n{file.stem} " in f"\n{text}"
+        listed = re.search(rf"^{file.stem} .*(?:\n  .*)*", text, re.MULTILINE)
+        assert listed is not None
+        assert listed[0].endswith("]"), f"{file.stem} has no source in the list"
         one = dnpo(tmp_path, "methods", file.stem).stdout
         assert f"python -m dnpo.train method={file.stem}" in one
         assert "Expected" in one

@@ -19,7 +19,7 @@ HELP_TEXT = """
 Without a name: all methods, with their sources. With one: its options, deviations, commands. With --config-dir: also
 the methods in FOLDER/method, a folder of settings of your own.
 """
-SOURCE = re.compile(r"\(([^()]*(?:19|20)\d\d[^()]*|[^()]*paper[^()]*)\)")
+SOURCE = re.compile(r"\(([^()]*(?:19|20)\d\d[^()]*|[^()]*(?:paper|proposal)[^()]*)\)")
 
 
 @dataclass(frozen=True)
