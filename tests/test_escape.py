@@ -38,6 +38,25 @@ def test_printed_text_shows_its_control_characters(capsys: pytest.CaptureFixture
     assert capsys.readouterr() == ("␛[31mred[/b]\n\n", "␇\n")
 
 
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_of_an_error_end_between_words_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "/folder/" + 12 * "long" + "/summary.json"
+    text = f"error: model.path={path}: no model there; expected a folder with config.json\n       or this"
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setattr(escape.sys, "stderr", terminal := Terminal())
+    escape.say(text, error=True)
+    lines = terminal.getvalue().splitlines()
+    assert " ".join(terminal.getvalue().split()) == " ".join(text.split()), "no word is broken, so it can be copied"
+    assert all(len(line) < 50 for line in lines if path not in line)
+    assert all(line.startswith("       ") for line in lines[1:])
+
+
 @pytest.mark.parametrize("name", [*FAMILIES, *CONTROLS, "", "x" * 300, "\ud800"])
 def test_every_name_can_be_tracked(name: str) -> None:
     key = escape.for_mlflow(f"eval/accuracy/{name}")

@@ -5,7 +5,9 @@ HTML is escaped by the report's template, and by ``for_markdown`` where Markdown
 
 import hashlib
 import re
+import shutil
 import sys
+import textwrap
 import unicodedata
 from typing import Any
 
@@ -53,6 +55,7 @@ LATEX = {
     "…": r"\dots{}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
+ERROR = "error: "  # the beginning of a message; its further lines are indented as far
 LONGEST_KEY = 250  # maximum number of characters of a name in MLflow
 
 
@@ -62,8 +65,29 @@ def for_terminal(text: Any) -> str:
 
 
 def say(text: Any = "", *, error: bool = False) -> None:
-    """Print a text, with its control characters visible, on the standard output or the standard error."""
-    print(for_terminal(text), file=sys.stderr if error else sys.stdout, flush=True)
+    """Print a text, with its control characters visible, on the standard output, or an error on the standard error."""
+    if error:
+        tell(text, error=True)
+    else:
+        print(for_terminal(text), flush=True)
+
+
+def tell(text: Any, *, error: bool = False) -> None:
+    """Print sentences; on a terminal, lines end between words."""
+    stream = sys.stderr if error else sys.stdout
+    if stream.isatty():
+        text = fold(str(text), shutil.get_terminal_size().columns)
+    print(for_terminal(text), file=stream, flush=True)
+
+
+def fold(text: str, width: int) -> str:
+    """Break lines that are longer than a terminal's width between words; paths and commands stay whole."""
+    return "\n".join(_fold_line(line, width) if len(line) >= width else line for line in text.split("\n"))
+
+
+def _fold_line(line: str, width: int) -> str:
+    indent = " " * (len(ERROR) if line.startswith(ERROR) else len(line) - len(line.lstrip(" ")))
+    return textwrap.fill(line, width - 1, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def for_mlflow(name: str) -> str:

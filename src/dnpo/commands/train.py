@@ -470,7 +470,7 @@ def _print_forecast(console: "Console", run: "Run", iterations: "list[Iteration]
         table.add_row(title, f"{some.calls:,}", f"{some.new:,}", cost)
     console.say("")
     console.table(table)
-    console.say(
+    console.tell(
         "A question that several stages ask counts for the first. Responses that are not generated yet count as new."
     )
 

@@ -1,7 +1,6 @@
 """Show a run on the screen: its progress, and its table at the end."""
 
 import logging
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.text import Text
 
 from dnpo.catalogue import Metric, metric
-from dnpo.escape import for_terminal
+from dnpo.escape import fold, for_terminal
 from dnpo.screen import ScreenTable
 from dnpo.wording import duration, per_second, plural
 
@@ -140,7 +139,7 @@ class Console:
     def tell(self, text: str) -> None:
         """Print sentences; on a terminal, lines end between words."""
         if self.rich.is_terminal:
-            text = textwrap.fill(text, self.rich.width - 1, break_long_words=False, break_on_hyphens=False)
+            text = fold(text, self.rich.width)
         self.say(text)
 
     @contextmanager
