@@ -1,6 +1,8 @@
 """``dnpo sample`` and ``dnpo chat``: policies of a finished run respond to given prompts."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,10 +121,20 @@ def test_wrong_arguments_are_named(smoke: Path, given: tuple[str, ...], message:
     assert "Traceback" not in done.stderr
 
 
-def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
-    done = run_command(tmp_path, "dnpo.commands.sample", str(tmp_path), "prompt=a")
+@pytest.mark.parametrize(("command", "further"), [("sample", "prompt=a"), ("chat", "against=sft")])
+def test_a_folder_without_a_run_is_named_before_torch_is_imported(tmp_path: Path, command: str, further: str) -> None:
+    code = f"""
+import sys
+from dnpo.commands.{command} import main
+try:
+    main([{str(tmp_path)!r}, {further!r}])
+finally:
+    assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "no finished run there" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

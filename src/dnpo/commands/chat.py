@@ -10,7 +10,7 @@ from pathlib import Path
 from dnpo.commands.grammar import Parser, parse, program
 from dnpo.commands.sample import add_sampling, chosen, open_policies
 from dnpo.errors import DnpoError
-from dnpo.escape import for_terminal, say
+from dnpo.escape import for_terminal, say, tell
 
 GAP = 3  # columns between two responses
 LEAST = 90  # columns that a terminal needs to show two responses side by side
@@ -47,9 +47,9 @@ def _talk(given: argparse.Namespace) -> None:
     speakers, saved = open_policies(given, [given.iteration, *([given.against] if given.against else [])])
     judge = open_judge(saved)
     names = " and ".join(speaker.name for speaker in speakers)
-    say(f"{names} of {given.run}, {chosen(speakers[0])}. {KEYS}")
+    tell(f"{names} of {given.run}, {chosen(speakers[0])}. {KEYS}")
     if isinstance(judge, str) and len(speakers) > 1:
-        say(f"No judge gives an opinion: {judge}.")
+        tell(f"No judge gives an opinion: {judge}.")
     histories: list[list[Message]] = [[] for _ in speakers]
     seed, asked = given.seed, ""
     for text in _lines():
@@ -67,14 +67,14 @@ def _talk(given: argparse.Namespace) -> None:
             histories = [history[:-2] for history in histories]
             text = asked
         elif text.startswith("/"):
-            say(f"({text.split()[0]} is not known. {KEYS})")
+            tell(f"({text.split()[0]} is not known. {KEYS})")
             continue
         asked = text
         turns = [[*history, user(text)] for history in histories]
         try:
             responses = [s.respond([turn], seed)[0][0] for s, turn in zip(speakers, turns, strict=True)]
         except DnpoError as error:
-            say(f"({error}; /new begins again)")
+            tell(f"({error}; /new begins again)")
             continue
         histories = [
             [*turn, {"role": "assistant", "content": response.text}]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from dnpo import disk
 from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DataError, DnpoError, SettingsError
-from dnpo.escape import say
+from dnpo.escape import say, tell
+from dnpo.wording import plural
 
 if TYPE_CHECKING:
     from dnpo.running.card import SavedPolicy
@@ -61,14 +62,15 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def open_policies(given: argparse.Namespace, iterations: Sequence[str | None]) -> "tuple[list[Speaker], SavedPolicy]":
     """Load policies of the run; also return the first one's entry in the run's summary."""
-    from dnpo.policy.model import device_of
     from dnpo.running.console import silence_libraries
     from dnpo.running.export import find_policy, read_summary
     from dnpo.running.talk import open_speaker
 
     if given.max_tokens < 0:
         raise SettingsError(f"max_tokens={given.max_tokens}: expected at least 1, or 0 for the run's limit")
-    first = find_policy(read_summary(given.run), iterations[0], given.store)
+    first, *_ = [find_policy(read_summary(given.run), iteration, given.store) for iteration in iterations]
+    from dnpo.policy.model import device_of  # heavy, so a wrong run or iteration is reported before
+
     silence_libraries()
     sampling = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
     samples = getattr(given, "samples", 1)
@@ -133,4 +135,5 @@ def _sample(given: argparse.Namespace) -> None:
         raise DataError(f"out={given.out}: {error.strerror}; expected a file that can be written") from error
     finally:
         aside.unlink(missing_ok=True)
-    say(f"{given.out}: {len(lines)} responses of {speaker.name} to {len(conversations)} prompts, {chosen(speaker)}")
+    many = f"{plural(len(lines), 'response')} of {speaker.name} to {plural(len(conversations), 'prompt')}"
+    tell(f"{given.out}: {many}, {chosen(speaker)}")
