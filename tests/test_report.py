@@ -22,15 +22,17 @@ from dnpo import catalogue, palette
 from dnpo.commands.report import main
 from dnpo.errors import DataError
 from dnpo.escape import HIDDEN
-from dnpo.report.comparison import MEASURES, Items, compare
+from dnpo.report.comparison import MEASURES, Items, ReportMeasure, compare
 from dnpo.report.content import content
 from dnpo.report.drawing import draw_response
 from dnpo.report.groups import group_runs
 from dnpo.report.markdown import render
+from dnpo.report.outcome import Ranking
 from dnpo.report.page import html, make_visible, number, strip_secrets
 from dnpo.report.response import find_responses
 from dnpo.report.selection import select
 from dnpo.running.sweep import summarise
+from dnpo.stats.intervals import Estimate
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.significance import holm
 from dnpo.tracking.reading import Database
@@ -360,6 +362,28 @@ def test_a_page_begins_with_one_sentence_one_figure_and_one_table_and_ends_with_
     assert 8 < float(best[2]) < 12
 
 
+@pytest.mark.parametrize(
+    ("rows", "end"),
+    [
+        (
+            [("spin", 19.8, ""), ("dnpo", 18.5, "−1.3 ± 15.3")],
+            "spin is best with 19.8 points of 100, but no difference is",
+        ),
+        ([("spin", 19.8, ""), ("dnpo", 9.5, "−10.3 ± 1.3*")], "spin is best with 19.8 points of 100."),
+        ([("dnpo", 20.8, "+1.0 ± 15.3"), ("spin", 19.8, "")], "(+1.0 ± 15.3 from spin, not significant)."),
+        ([("dnpo", 20.8, "+1.0 ± 0.3*"), ("spin", 19.8, "")], "(+1.0 ± 0.3 from spin)."),
+        ([("spin", 19.8, "")], "spin is best with 19.8 points of 100."),
+    ],
+)
+def test_a_page_calls_a_setting_best_only_with_what_its_difference_is_worth(
+    rows: list[tuple[str, float, str]], end: str
+) -> None:
+    ranked = [(label, Estimate(mean), str(mean), difference) for label, mean, difference in rows]
+    starred = any(difference.endswith("*") for *_, difference in rows)
+    ranking = Ranking(ReportMeasure(catalogue.metric("eval/score")), "spin", tuple(ranked), 0, starred)
+    assert end in ranking.sentence
+
+
 def test_a_note_is_shown_as_markdown_without_links_and_pictures() -> None:
     note = (
         "### dnpo, seed 1\n\n**Done**: 50.0 to 53.2.\n\n| score | KS |\n| --- | ---: |\n| a\\|b | 0.25 |\n\n"
@@ -524,6 +548,9 @@ def test_a_run_without_a_judge_has_no_scores_and_says_so(lab: Lab) -> None:
 # --- hostile contents -------------------------------------------------------------------------------------------------
 
 
+ORDINARY = "f74fb9ce39c35187"  # the key of a stage
+
+
 def hostile(lab: Lab) -> None:
     """A sweep of two runs, one failed, in which every text is :data:`EVIL`."""
     clean = EVIL.replace("\ud800", "").replace("\x00", "")  # databases accept neither
@@ -551,7 +578,7 @@ def hostile(lab: Lab) -> None:
             params={"judge.model": clean, "model.name": clean, "data.path": f"https://me:hunter2@host/{clean}"},
             sweep="evil",
             summary={
-                "stages": [stage, {**stage, "key": f"{EVIL}2", "inputs": {EVIL: EVIL}}],
+                "stages": [stage, {**stage, "key": f"{EVIL}2", "inputs": {EVIL: EVIL}}, {**stage, "key": ORDINARY}],
                 "policies": [EVIL],
                 "commit": EVIL,
                 "versions": {EVIL: EVIL},
@@ -597,6 +624,13 @@ def test_all_content_of_runs_is_shown_as_text(lab: Lab, which: str) -> None:
         assert "+1 to +2" in page.text
 
 
+LINES_OF_KEY = f"""() => {{
+    const range = document.createRange();
+    range.selectNodeContents([...document.querySelectorAll('td.mono')].find(each => each.textContent == '{ORDINARY}'));
+    return range.getClientRects().length;
+}}"""
+
+
 def test_a_browser_runs_no_script_and_requests_nothing(lab: Lab) -> None:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = shutil.which("chromium")
@@ -624,6 +658,7 @@ def test_a_browser_runs_no_script_and_requests_nothing(lab: Lab) -> None:
         assert min(drawn) > 0.75, "letters of 9.5 points are not much smaller on a phone"
         broken = page.evaluate("[...document.images].filter(each => !each.naturalWidth).length")
         width = page.evaluate("document.documentElement.scrollWidth")
+        lines = page.evaluate(LINES_OF_KEY)
         page.emulate_media(media="print", color_scheme="dark")
         page.set_viewport_size({"width": 690, "height": 1000})  # paper of 21 cm less its margins
         wide = "e => e.scrollWidth > e.parentElement.clientWidth + 1"
@@ -633,6 +668,7 @@ def test_a_browser_runs_no_script_and_requests_nothing(lab: Lab) -> None:
     assert [event for event in events if not event.startswith(("data:image/", path.as_uri()))] == []
     assert broken == 0
     assert width <= 390
+    assert lines == 1, "the key of a stage is not broken"
     assert cut == 0, "columns that paper cuts"
     assert paper == "rgb(255, 255, 255)", "also where the screen is dark"
 

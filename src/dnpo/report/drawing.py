@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dnpo.catalogue import Metric, metric
 from dnpo.palette import GRID, HUMAN, METHODS, OTHER, SAMPLES, SERIES, Look, choose_looks
@@ -246,7 +247,7 @@ def logprob_histogram(logprobs: Path, path: Path, title: str, note: str, stacked
     values = np.load(logprobs)
     figure = Figure(figsize=(4.2, 4.6)) if stacked else Figure(figsize=(9, 3.6), layout="constrained")
     if stacked:  # a computed layout would draw everything twice
-        figure.subplots_adjust(left=0.14, right=0.985, bottom=0.1, top=0.9, hspace=0.32)
+        figure.subplots_adjust(left=0.16, right=0.985, bottom=0.1, top=0.9, hspace=0.32)
     panels = figure.subplots(2, 1) if stacked else figure.subplots(1, 2)
     for axis, per_token in zip(panels, (False, True), strict=True):
         shown = {}
@@ -265,8 +266,11 @@ def logprob_histogram(logprobs: Path, path: Path, title: str, note: str, stacked
                 histtype="step",
                 linewidth=1.6,
                 color=SAMPLES[name],
-                label=f"{LABELS[name]} (mean {found.mean():.2f})",
+                label=f"{LABELS[name]} (mean {metric('logps/new').format(found.mean())})",
             )
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axis.ticklabel_format(axis="y", scilimits=(-2, 3))  # short numbers leave room for the axis's title
         axis.set_xlabel("log-probability per token, nats" if per_token else "log-probability of the response, nats")
         axis.set_ylabel("density")
         axis.legend(frameon=False, fontsize=8, loc="upper left")

@@ -90,20 +90,27 @@ class Ranking:
     Attributes:
         rows: for each its label, the mean with its interval, the mean as text, and the difference from the baseline.
         more: number of settings that are not among the rows.
+        significant: whether the difference of any setting, among the rows or not, is.
     """
 
     measure: ReportMeasure
     baseline: str
     rows: tuple[tuple[str, Estimate, str, str], ...]
     more: int
+    significant: bool
 
     @property
     def sentence(self) -> str:
-        """The best setting, and its difference from the baseline."""
+        """The best setting, its difference from the baseline, and whether that is significant."""
         label, _, mean, difference = self.rows[0]
         words = f"{self.measure.metric.title}, last policies: {label} is best with {mean} {self.measure.metric.unit}"
-        apart = f" ({difference.rstrip('*')} from {self.baseline})" if difference else ""
-        return f"{words.rstrip()}{apart}."
+        words = words.rstrip()
+        if difference:
+            doubt = "" if difference.endswith("*") else ", not significant"
+            return f"{words} ({difference.rstrip('*')} from {self.baseline}{doubt})."
+        if self.differ and not self.significant:
+            return f"{words}, but no difference is significant."
+        return f"{words}."
 
     @property
     def differ(self) -> bool:
@@ -129,7 +136,8 @@ def rank(groups: Groups, compared: Sequence[MeasureComparison]) -> Ranking | Non
         difference = differences[columns.index(column)] if differences and column in columns else None
         rows.append((row.label, shown.cell.estimate, shown.text, difference.text if difference else ""))
     rows.sort(key=lambda entry: entry[1].value, reverse=metric.better == "higher")
-    return Ranking(each.measure, each.baseline, tuple(rows[:MOST_RANKED]), max(len(rows) - MOST_RANKED, 0))
+    significant = any(difference.endswith("*") for *_, difference in rows)
+    return Ranking(each.measure, each.baseline, tuple(rows[:MOST_RANKED]), max(len(rows) - MOST_RANKED, 0), significant)
 
 
 def _numbers(shown: Sequence[Group], groups: Groups, measure: ReportMeasure) -> str:
