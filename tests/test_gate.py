@@ -508,6 +508,14 @@ class Asked(Judge):
         raise AssertionError("the gate asks for no verdicts")
 
 
+@pytest.mark.parametrize(("method", "refused"), [("dnpo", True), ("npo", False)])
+def test_a_plan_says_that_labels_have_no_judge(tmp_path: Path, method: str, refused: bool) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "{i}", "response": "a {i}"}}\n' for i in range(40)))
+    done = train(tmp_path, "data=jsonl", "data.path=rows.jsonl", f"method={method}", "plan=true", "tracking=off")
+    assert "Plan" in done.stdout
+    assert ("This run would be refused. labels: dsl labels by score" in done.stdout) is refused
+
+
 LEDGER = Ledger(Path("there-is-no-such-folder/ledger.sqlite"))
 
 

@@ -333,11 +333,15 @@ def _go(
     choice = choose(run, settings)
     store.check(stages, console.say, everything=not settings["plan"])
     if settings["plan"]:
+        from dnpo.running.gate.judge import labels_of_run
         from dnpo.running.sweep import find_shared_stages
 
         _print_plan(console, store, iterations, find_shared_stages(sweep, folder, stages))
         if choice.patience:
             console.say(f"patience={choice.patience} may end the run before all of these stages.")
+        judged = labels_of_run(run, {})
+        if judged.level == "stop":
+            console.tell(f"This run would be refused. {judged.refusal}")
         _print_forecast(console, run, iterations, store)
         return None
     check_optimizers(run, iterations, store)

@@ -71,12 +71,12 @@ def _base(run: Run, prompts: Stage, data: rows.Rows, store: Store) -> Iterator[P
 
 
 def _rows(run: Run, data: rows.Rows, facts: Mapping[str, Any]) -> list[Finding]:
-    scored = [plan for plan in run.plans if plan.dsl.needs_scores]
+    scored = any(plan.dsl.needs_scores for plan in run.plans)
     measured = run.eval.split
     redrawn = run.data.drawn_with_replacement
     other = run.second_judge
     return [
-        judge.labels(scored[0].k if scored else None, scored[0].judge if scored else run.judge, data),
+        judge.labels_of_run(run, data),
         *([judge.measuring(run.judge, data[measured], measured)] if scored and run.eval.judge is not None else []),
         *rows.used(run.plans, data["train"]),
         *([judge.second(other, data[measured], measured)] if other.gives_scores else []),

@@ -12,7 +12,7 @@ from dnpo.running.gate.finding import Finding, refuse
 from dnpo.running.gate.rows import Rows
 from dnpo.settings import rename_settings
 from dnpo.stages.measures import SECOND
-from dnpo.stages.plan import Plan
+from dnpo.stages.plan import Plan, Run
 
 if TYPE_CHECKING:
     from dnpo.policy.model import Policy
@@ -34,6 +34,12 @@ def labels(first_scored: int | None, judge: Judge, rows: Rows) -> Finding:
         if problem is not None:
             return Finding("labels", "stop", problem, "judge=…")
     return Finding("labels", "pass", f"the judge accepts all {sum(map(len, rows.values())):,} rows")
+
+
+def labels_of_run(run: Run, rows: Rows) -> Finding:
+    """:func:`labels` for the first iteration whose labels need scores; without rows it finds only a missing judge."""
+    scored = next((plan for plan in run.plans if plan.dsl.needs_scores), None)
+    return labels(None, run.judge, rows) if scored is None else labels(scored.k, scored.judge, rows)
 
 
 def measuring(judge: Judge, held: Sequence[Prompt], split: str) -> Finding:
