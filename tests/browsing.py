@@ -25,6 +25,11 @@ FAMILIES = ("sums", "words", "dates")
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
+def write_manifest(stage: Path, **settings: Any) -> None:
+    """Write what makes a stage finished, with its settings."""
+    (stage / "manifest.json").write_text(json.dumps({"settings": settings}), encoding="utf-8")
+
+
 def write(path: Path, kind: type, count: int, **columns: Any) -> None:
     """Write rows; fields that are not given are empty, or 0."""
     empty: Callable[[pa.DataType], Any] = lambda of: (  # noqa: E731
@@ -37,7 +42,7 @@ def write(path: Path, kind: type, count: int, **columns: Any) -> None:
         for field in schema(kind)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    (path.parent / "manifest.json").touch()
+    write_manifest(path.parent)
     table = pa.table(arrays, schema=schema(kind))
     pq.write_table(table, path, row_group_size=GROUP, write_page_checksum=True)
 
@@ -48,6 +53,7 @@ def make_run(
     scores: Mapping[str, Any],
     say: Callable[[str, int, int], str] = lambda policy, answer, row: f"answer {answer} of {policy} to {row}",
     seed: int = 1,
+    judge: str = "Rules",
 ) -> Path:
     """Make the folder of a finished run with its store: held-out answers of each policy, and pairs of iteration 0.
 
@@ -78,6 +84,7 @@ def make_run(
         write(own / "items.parquet", Item, len(flat), score=flat, right=right, logprob=logprob)
         reason = ["no reply" if np.isnan(value) else "" for value in flat]
         write(own / "verdicts.parquet", Verdict, len(flat), score=flat, reason=reason)
+        write_manifest(own, judge={"_target_": judge})
         iteration = policy if policy == "SFT" else int(policy)
         inputs = {"prompts": "p", "policy": f"trained-{policy}"} | (
             {} if policy == "SFT" else {"pairs": f"pairs-{seed}"}

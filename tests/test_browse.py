@@ -208,6 +208,15 @@ def test_runs_are_side_by_side_where_their_prompts_are_the_same(tmp_path: Path) 
     assert get(page, "/rows?a=0.SFT&b=1.SFT&q=second&sort=order")["rows"][0]["sides"][0]["score"] is None
 
 
+def test_scores_of_different_judges_are_not_offered_for_comparison(tmp_path: Path) -> None:
+    scores = {"SFT": [[50], [1], [3]]}
+    first, second = (make_run(tmp_path / str(seed), ["same"], scores, seed=seed) for seed in (1, 2))
+    other = make_run(tmp_path / "3", ["same"], scores, seed=3, judge="openai")
+    warning = "Different judges scored these runs"
+    assert warning not in client(first, second).get("/").text
+    assert warning in client(first, other).get("/").text
+
+
 # --- runs are found ---------------------------------------------------------------------------------------------------
 
 

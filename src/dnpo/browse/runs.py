@@ -51,6 +51,12 @@ class Run:
             if stage["stage"] == "evaluate":
                 yield str(stage["iteration"]), self._folder(stage)
 
+    def scored_by(self) -> str:
+        """What identifies the judge that scored the evaluations; runs with different ones cannot be compared."""
+        *_, (_, folder) = self.evaluations()
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return json.dumps(manifest["settings"].get("judge"), sort_keys=True)
+
     def trained_on(self) -> Iterator[tuple[str, Path]]:
         """Yield each iteration's number with the Parquet file of its training data: pairs or rollouts."""
         for stage in self._stages:

@@ -137,6 +137,7 @@ def _render(runs: Sequence[Run], held: Held, pairs: AllPairs) -> str:
     return environment.get_template("page.html.j2").render(
         names=[run.name for run in runs],
         digest=digest(runs),
+        judges=len({run.scored_by() for run in runs}),
         policies=[(policy.key, held.title(policy)) for policy in held.policies],
         usual=(first.key, second.key),
         sources=[
