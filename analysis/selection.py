@@ -430,7 +430,7 @@ def _is_branch(run: TrackedRun) -> bool:
 
 
 def _starts(run: TrackedRun) -> list[int]:
-    """The iterations at which labels by score and noise begin, if the run has them."""
+    """The iterations at which noise and labels by score begin, if the run has them."""
     return [int(run.params.get(f"{part}.start", 0)) for part in ("dsl", "npo") if not _is_off(run, part)]
 
 

@@ -301,7 +301,7 @@ def test_code_is_off_until_asked_for() -> None:
         ("from .solution import f\nassert f(1) == 2", "a relative import is not possible"),
         ("import solution.parts\nassert solution.parts.f(1) == 2", "the answer is one module, solution"),
         ("import solution\nsolution.LIMIT = 3\nassert solution.f(1) == 2", "solution.LIMIT cannot be set"),
-        ("import solution as s\nassert 'f' in dir(s)", "of s, which is the answer, only names can be used (s.NAME)"),
+        ("import solution as s\nassert 'f' in dir(s)", "s is the answer, and only its names can be used (s.NAME)"),
         ("import sys\nsys.stdin = f", "sys.stdin"),
         ("import asyncio\nassert asyncio.run(f()) == 1", "asyncio"),
     ],
@@ -357,7 +357,7 @@ def test_side_by_side() -> None:
 def test_answers_that_run_at_once_have_different_users() -> None:
     claims = [claim_number(3) for _ in range(3)]
     assert sorted(number for number, _ in claims) == [0, 1, 2]
-    with pytest.raises(OSError, match="all 3 users of answers are taken"):
+    with pytest.raises(OSError, match="all 3 user ids for answers are in use"):
         claim_number(3)
     number, claim = claims[1]
     claim.close()

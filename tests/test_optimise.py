@@ -203,7 +203,7 @@ def test_the_gate_names_an_adapter_that_is_not_fresh(make_policy: MakePolicy, wo
         for name, p in policy.model.named_parameters():
             if "lora_B" in name:
                 p.fill_(0.1)
-    with pytest.raises(StepZeroError, match="adapter is not fresh"):
+    with pytest.raises(StepZeroError, match="adapter is not new"):
         train(policy, pairs, tmp_path, reference=reference)
 
 

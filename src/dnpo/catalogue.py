@@ -274,7 +274,7 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("pairs/pass_at_<k>", "Training prompts with a right answer among <k> samples", "pass@<k>", "%"),
             Metric("curriculum/earlier", "Pairs of earlier iterations trained on again", "earlier pairs", digits=0),
             Metric("curriculum/repeated", "Earlier pairs that a newer one repeats, left out", "repeated", digits=0),
-            Metric("curriculum/short", "Pairs that earlier iterations lack for their shares", "short", digits=0),
+            Metric("curriculum/short", "Pairs missing from the shares of earlier iterations", "short", digits=0),
             Metric("curriculum/moved", "Pairs whose mass the worst distribution moves", "moved", digits=0),
             Metric("curriculum/split", "Pairs of which only a part moves", "split", digits=0),
             Metric("curriculum/loss", "Mean loss of the pairs", "loss of pairs", "nats", 4),

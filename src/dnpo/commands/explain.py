@@ -64,7 +64,7 @@ def show(config: str, usage: str, arguments: Sequence[str]) -> None:
         if _is_part(first):
             _part(name, first, width)
     if TYPICAL in tree:
-        say(f"\n{TYPICAL}\n  Values that methods take from the scale.")
+        say(f"\n{TYPICAL}\n  Values that scale, method and sweep set, and other options read.")
         for name, value in _flat({TYPICAL: tree[TYPICAL]}):
             _line(name, value, comments.get(name, ""), width)
 

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     removing.add_argument("--apply", action="store_true", help="remove, after asking")
     removing.add_argument("--yes", action="store_true", help="remove without a question")
-    removing.add_argument("--needed", action="store_true", help="also named stages that runs need")
+    removing.add_argument("--needed", action="store_true", help="remove named stages even if runs need them")
     return parser
 
 

@@ -475,7 +475,8 @@ def _print_forecast(console: "Console", run: "Run", iterations: "list[Iteration]
     console.say("")
     console.table(table)
     console.tell(
-        "A question that several stages ask counts for the first. Responses that are not generated yet count as new."
+        "A question that several stages ask is counted at the first of them. Responses that are not generated yet "
+        "count as new."
     )
 
 

@@ -238,7 +238,7 @@ def complete(
         streams: an integer for each row, the seed of its draws.
         report: receives the progress, if there is one.
         endless: numbers of the rows in which no stop token is drawn; they end at the limit.
-        begun: the first tokens of each completion, if some are drawn already; each must lack at least one.
+        begun: the first tokens of each completion, if some are drawn already; none may be complete.
     """
     completions = [list(tokens) for tokens in begun or [[]] * len(prompts)]
     prompts = [ids + tokens for ids, tokens in zip(prompts, completions, strict=True)] if begun else prompts

@@ -119,7 +119,8 @@ class PairBatch(Batch):
     Attributes:
         reference: the reference's log-probabilities; 0 if the objective reads none.
         expected: the policy's log-probabilities before the first update; None in later steps.
-        facts: strengths, weights, shifts and lengths of the pairs. ``share`` is their share of the weights in the step.
+        facts: strengths, weights, shifts and lengths of the pairs.
+        share: the sum of the pairs' weights, divided by that of all pairs of the policy step.
         rejected: prompts with rejected responses only, if the noise reads hidden states.
         hidden_NH: the reference's hidden states of these, if they have been kept.
         seeds: seeds of the noise, one for each pair.

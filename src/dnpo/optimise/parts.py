@@ -466,7 +466,7 @@ class Optimisation:
             memory and rounding; later samples may differ because of the rounding.
         optimizer: the policy's optimizer, without its parameters; fused if torch supports it, unless set otherwise.
         warmup: share of the policy steps over which the learning rate rises from 0.
-        decay: whether the learning rate then falls linearly to 0 or is constant.
+        decay: whether the learning rate then falls linearly to 0; otherwise it is constant.
         clip: maximum gradient norm of a player; 0: no clipping.
         autocast: use bf16 matrix products with parameters of higher precision.
         checkpoint_every: policy steps between checkpoints; a killed run repeats at most this many.

@@ -293,7 +293,7 @@ class PreferenceTraining(Training):
         if _difference(calm, expected) <= tolerance:
             cause = "dropout is on: every dropout of the model has to be 0"
         elif hasattr(self.policy.model, "peft_config"):
-            cause = "the adapter is not fresh: the reference must be the weights it was put on, in this very iteration"
+            cause = "the adapter is not new: this iteration must add one to the weights that are its reference"
         else:
             cause = "the reference has other weights: it must be the policy that this iteration starts from"
         raise StepZeroError(

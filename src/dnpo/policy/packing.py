@@ -165,7 +165,9 @@ def pack_shared(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence
     """
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     if any(s < keeper or first[keeper] != keeper or prompts[s] != prompts[keeper] for s, keeper in enumerate(first)):
-        raise ValueError("first: expected for each sequence itself, or an earlier one that keeps the same prompt")
+        raise ValueError(
+            "first: expected each sequence's own number, or that of an earlier one that has its own and the same prompt"
+        )
     ids: list[int] = []
     positions: list[int] = []
     places: list[list[int]] = []  # the places of each sequence's tokens in the row

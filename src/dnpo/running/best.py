@@ -149,7 +149,7 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
 
 
 def has(row: Row, name: str) -> bool:
-    """Whether a policy has this number."""
+    """Whether a policy has a finite value of this metric."""
     value = row.get(name)
     return isinstance(value, int | float) and math.isfinite(value)
 

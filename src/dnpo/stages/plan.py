@@ -47,7 +47,7 @@ class RunSettings:
         sft_rows: number of training rows for fine-tuning only; the iterations use the others. 0: both use all rows.
         start: the policy whose weights training begins with; see :class:`Plan`.
         reference: the policy that is the reference; see :class:`Plan`.
-        acts_from: the iteration at which labels by score and noise start; ``last`` is the run's last. It is the default
+        acts_from: the iteration at which noise and labels by score start; ``last`` is the run's last. It is the default
             of ``dsl.start`` and ``npo.start``, and has no other effect.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: number of torch's CPU threads.
@@ -90,7 +90,7 @@ BEFORE = -1  # in place of an iteration's number, for the stages before the firs
 
 @dataclass(frozen=True)
 class Plan:
-    """The parts of iteration ``k``; labels by score and noise are off before their start.
+    """The parts of iteration ``k``; noise and labels by score are off before their start.
 
     Attributes:
         start: the policy whose weights training begins with: the ``previous`` iteration's, the ``initial`` one (after

@@ -87,7 +87,10 @@ class Remote:
         except ValueError as problem:
             raise StoreError(f"{self.address}/{name}: is damaged: {problem}. {self._advise(name)}") from problem
         if f"{content['stage']}/{content['key']}" != name or "files" not in content:
-            raise StoreError(f"{self.address}/{name}: is damaged: {MANIFEST} is not its own. {self._advise(name)}")
+            raise StoreError(
+                f"{self.address}/{name}: is damaged: {MANIFEST} is of another stage, or lists no files. "
+                f"{self._advise(name)}"
+            )
         return content
 
     def fetch(self, name: str, content: Mapping[str, Any], folder: Path) -> None:

@@ -136,7 +136,7 @@ class OpenAI(Prompted):
 
     @property
     def kind(self) -> str:
-        """``openai``, the temperature if it is not 0, the mode and the reading if it is not of text."""
+        """``openai``, the temperature unless it is 0, the mode, and the reading unless it is ``text``."""
         temperature = f" t={self.temperature:g}" if self.temperature else ""
         return f"openai{temperature} {self.mode}{'' if self.reading == 'text' else f' {self.reading}'}"
 

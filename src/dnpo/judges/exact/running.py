@@ -207,4 +207,4 @@ def _try(how: Isolation) -> str | None:
     if ended.passed:
         return None
     kind, _, names = ended.reason.partition("AssertionError: ")
-    return f"what runs could read {names} in the environment of a process of this user" if names else kind
+    return f"an answer could read {names} in the environment of a process of this user" if names else kind

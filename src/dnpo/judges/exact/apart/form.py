@@ -9,8 +9,8 @@ stays in the answer's process, and the tests get a reference.
 
 - Only plain values are compared. ``==``, ``<`` or ``in`` on a reference ends the tests, because the answer would decide
   the outcome. Arithmetic with a reference and a plain value, such as ``f(1) - 3``, ends them for the same reason.
-- Arguments are passed as copies. If a call returns None, changes of its lists, sets and mappings are copied back, so
-  that sorting in place can be tested. A call that returns a value cannot change its arguments.
+- Arguments are passed as copies. If a call returns None, changes that it made to lists, sets and mappings among them
+  are copied back, so that sorting in place can be tested. A call that returns a value cannot change its arguments.
 - Functions of the tests can be passed as arguments; they are called in the tests' process.
 - An exception of the answer is raised in the tests under its name, which can be built-in or defined by the answer.
 - The output of a call is printed in the tests' process, where ``contextlib.redirect_stdout`` finds it.
@@ -181,7 +181,7 @@ def _module_fault(tree: ast.AST) -> str | None:
             and isinstance(node.ctx, ast.Load)
             and id(node) not in allowed
         ):
-            return f"line {node.lineno}: of {node.id}, which is the answer, only names can be used ({node.id}.NAME)"
+            return f"line {node.lineno}: {node.id} is the answer, and only its names can be used ({node.id}.NAME)"
     return None
 
 

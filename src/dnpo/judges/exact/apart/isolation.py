@@ -63,7 +63,7 @@ def claim_number(below: int) -> tuple[int, socket.socket]:
                 raise
         else:
             return number, claim
-    raise OSError(errno.EAGAIN, f"all {below:,} users of answers are taken")
+    raise OSError(errno.EAGAIN, f"all {below:,} user ids for answers are in use")
 
 
 def enter_namespaces() -> bool:
@@ -106,7 +106,7 @@ def enter_root(folder: str, trees: list[str], size: int) -> None:
     os.chdir(folder)
     number = _PIVOT_ROOT.get(os.uname().machine)
     if number is None:
-        raise OSError(f"not known how to change the root on {os.uname().machine}")
+        raise OSError(f"dnpo cannot change the root folder on {os.uname().machine}")
     _call("syscall", number, b".", b".")
     _call("umount2", b".", _DETACH)
     os.chdir(WORK)
