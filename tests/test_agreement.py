@@ -1,5 +1,7 @@
 """A judge's agreement with people: every measure by hand and by brute force, and the whole command."""
 
+import contextlib
+import io
 import json
 import math
 import re
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from rich.console import Console as RichConsole
 from scipy.stats import bootstrap
 
 from dnpo.commands import agreement as command
@@ -43,10 +46,12 @@ from dnpo.judges.agreement.stats import (
     ratio,
     share,
 )
+from dnpo.judges.agreement.table import cells, table
 from dnpo.judges.asked.ledger import Answer, Ledger, Question
 from dnpo.judges.asked.questions import Mode, Prompted
 from dnpo.judges.longer import Longer, length_score
 from dnpo.records import HUMAN, Prompt, Response, Verdict
+from dnpo.running.console import Console as ScreenConsole
 from dnpo.stages.agreement import read_agreement
 from dnpo.store import Report, Store, manifest
 from dnpo.store.manifests import seal
@@ -392,6 +397,21 @@ def test_a_judge_that_scores_one_response_against_the_other() -> None:
     constant, _ = compare_verdicts(rows, [Verdict(v.id, v.source, 50.0) for v in said], False, 100, 0)
     assert constant["mode"] == "score"
     assert (constant["measures"]["entropy"]["value"], constant["measures"]["distinct"]["value"]) == (0.0, 1.0)
+
+
+def test_a_narrow_terminal_wraps_the_texts_of_the_table_and_no_number() -> None:
+    rows = [compare(str(i), "a", "b", A) for i in range(4)]
+    said = [Verdict(str(i), source, score + i) for i in range(4) for source, score in ((HUMAN, 3.0), ("policy@0", 4.5))]
+    facts, _ = compare_verdicts(rows, said, False, 100, 0)
+    report = {**facts, "judge": "judge=longer", "data": "rows.jsonl"}
+    console = ScreenConsole()
+    console.rich = RichConsole(file=io.StringIO(), width=80, force_terminal=True)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        console.table(table(report), fold=True)
+    lines = out.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    numbers = [(value, between, count) for _, value, between, count, _ in cells(report)]
+    assert all(any(all(number in line for number in row) for line in lines) for row in numbers)
 
 
 def test_rows_without_a_verdict_are_counted_and_left_out() -> None:

@@ -91,7 +91,7 @@ def test_the_end_reports_each_improvement_and_its_size(tmp_path: Path) -> None:
     low, high = f"{difference.low:+.1f}", f"{difference.high:+.1f}"
     gained = f"{after.mean() - before.mean():+.1f}"
     assert f"better ({gained}; 95 % interval {low} to {high})" in out.getvalue()
-    assert "the same on every prompt" in out.getvalue()
+    assert "unchanged on every prompt" in out.getvalue()
     assert "Held-out loss of human responses: 2.167 → 150.739 nats a token (+148.572)." in out.getvalue()
     half = stats.t.ppf(0.975, 39) * stats.sem(before.mean(1))
     assert f"{before.mean():.1f} ±{half:.1f}" in shown[0]
@@ -273,6 +273,80 @@ def test_on_a_terminal_the_bar_shows_the_time_since_the_last_progress(monkeypatc
         report.progress.refresh()
         assert "no news" not in stream.getvalue()
     assert not [line for line in stream.getvalue().splitlines() if "training: " in line], "the bar is enough"
+
+
+def terminal(width: int) -> tuple[Console, io.StringIO]:
+    """A console on a terminal of this width, and what it prints."""
+    console = Console(width=width)
+    console.rich = RichConsole(file=(out := io.StringIO()), width=width, soft_wrap=True, force_terminal=True)
+    return console, out
+
+
+def plain(out: io.StringIO) -> list[str]:
+    return re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n").splitlines()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_the_bar_is_one_line_that_leaves_out_whole_parts(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Console, "left", lambda self: "further stages: about 2 h 5 min")
+    console, out = terminal(width)
+    console.begin(["generate"] * 16, ())
+    with console.stage("iteration 10 · reference", lambda rows, total: None) as report:
+        report.begin(200_000, "responses")
+        report.steps([{"step": 1, "loss/policy": 0.69314}])
+        report.status("$1,204.50")
+        for _ in range(3):
+            time.sleep(0.01)
+            report.advance(1000)
+        report.progress.refresh()
+        lines = [line.rstrip() for line in plain(out) if line.strip()]
+    assert all("iteration 10 · reference" in line and len(line) <= width for line in lines), "no second line"
+    _, _, shown = lines[-1].rpartition("━ ")
+    parts = shown.split(", ") if shown else []
+    wanted = [
+        r"3,000/200,000 responses",
+        r"[\d.]+ .* left",
+        r"loss 0\.6931",
+        r"\$1,204\.50",
+        r"[\d,]+/s",
+        "further .* min",
+    ]
+    assert len(parts) >= {60: 0, 80: 1, 120: 3, 200: 6}[width]
+    assert all(
+        any(re.fullmatch(pattern, part) for pattern in wanted) for part in re.split(r", (?!\d{3})", shown) if part
+    )
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_line_of_a_finished_stage_continues_below_its_numbers(width: int) -> None:
+    console, out = terminal(width)
+    console.begin(["label"] * 16, ())
+    with console.stage("iteration 1 · label", lambda rows, total: None) as report:
+        report.begin(192, "prompts")
+        report.advance(192)
+        report.status("189 pairs, 3 identical, 12 of them without a score")
+    console.report_reuse("iteration 1 · optimise", "optimise/127ebd6d044924fc")
+    done = [line for line in plain(out) if line.strip() and "━" not in line]
+    begins = done[0].index("192 prompts")
+    others = done[1:-1]
+    assert all(len(line) < width for line in done)
+    assert others
+    assert all(line[:begins].isspace() and not line[begins].isspace() for line in others)
+    assert done[-1].index("there already") == begins
+
+
+def test_a_link_stands_whole_on_a_narrow_terminal() -> None:
+    link = "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
+    lines = [f"dashboard   {link}", f"            {link}", "next        dnpo browse outputs/1"]
+    for width, wanted in (
+        (80, ["dashboard", f"    {link}", f"    {link}", lines[2]]),
+        (74, ["dashboard", f" {link}", f" {link}", lines[2]]),
+        (120, lines),
+    ):
+        console, out = terminal(width)
+        for line in lines:
+            console.place(line)
+        assert plain(out) == wanted
 
 
 def test_sentences_end_lines_between_words_on_a_terminal() -> None:

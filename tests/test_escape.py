@@ -57,6 +57,19 @@ def test_lines_of_an_error_end_between_words_on_a_terminal(monkeypatch: pytest.M
     assert all(line.startswith("       ") for line in lines[1:])
 
 
+def test_sentences_on_a_terminal_keep_numbers_with_their_percent_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "store  " + "an interval of 95 % and " * 6
+    for width in range(30, 60):
+        lines = escape.fold(text, width, hang=7).splitlines()
+        assert all(len(line) < width and not line.lstrip().startswith("%") for line in lines)
+        assert all(line.startswith(" " * 7) for line in lines[1:])
+        assert "\n".join(lines).split() == text.split()
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(escape.sys, "stdout", terminal := Terminal())
+    escape.tell(text, hang=7)
+    assert terminal.getvalue() == escape.fold(text, 40, hang=7) + "\n"
+
+
 @pytest.mark.parametrize("name", [*FAMILIES, *CONTROLS, "", "x" * 300, "\ud800"])
 def test_every_name_can_be_tracked(name: str) -> None:
     key = escape.for_mlflow(f"eval/accuracy/{name}")

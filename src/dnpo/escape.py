@@ -56,6 +56,7 @@ LATEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
 ERROR = "error: "  # the beginning of a message; its further lines are indented as far
+UNBREAKABLE = "\u00a0"  # a space at which no line ends
 LONGEST_KEY = 250  # maximum number of characters of a name in MLflow
 
 
@@ -72,22 +73,28 @@ def say(text: Any = "", *, error: bool = False) -> None:
         print(for_terminal(text), flush=True)
 
 
-def tell(text: Any, *, error: bool = False) -> None:
-    """Print sentences; on a terminal, lines end between words."""
+def tell(text: Any, *, error: bool = False, hang: int = 0) -> None:
+    """Print sentences; on a terminal, lines end between words, and further lines begin after ``hang`` spaces."""
     stream = sys.stderr if error else sys.stdout
     if stream.isatty():
-        text = fold(str(text), shutil.get_terminal_size().columns)
+        text = fold(str(text), shutil.get_terminal_size().columns, hang)
     print(for_terminal(text), file=stream, flush=True)
 
 
-def fold(text: str, width: int) -> str:
-    """Break lines that are longer than a terminal's width between words; paths and commands stay whole."""
-    return "\n".join(_fold_line(line, width) if len(line) >= width else line for line in text.split("\n"))
+def fold(text: str, width: int, hang: int = 0) -> str:
+    """Break lines that are longer than a terminal's width between words; paths and commands stay whole.
+
+    Args:
+        hang: spaces before further lines; 0: as many as before the first one.
+    """
+    return "\n".join(_fold_line(line, width, hang) if len(line) >= width else line for line in text.split("\n"))
 
 
-def _fold_line(line: str, width: int) -> str:
-    indent = " " * (len(ERROR) if line.startswith(ERROR) else len(line) - len(line.lstrip(" ")))
-    return textwrap.fill(line, width - 1, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+def _fold_line(line: str, width: int, hang: int) -> str:
+    indent = " " * (hang or (len(ERROR) if line.startswith(ERROR) else len(line) - len(line.lstrip(" "))))
+    line = re.sub(r"(?<=\d) (?=%)", UNBREAKABLE, line)
+    folded = textwrap.fill(line, width - 1, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return folded.replace(UNBREAKABLE, " ")
 
 
 def for_mlflow(name: str) -> str:

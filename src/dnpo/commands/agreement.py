@@ -131,14 +131,14 @@ def _run(cfg: DictConfig, job: Any) -> None:
         for ending in ("json", "md", "png", "svg"):
             tracking.artifact(folder / f"agreement.{ending}", "agreement")
     console.say("")
-    console.table(table.table(found))
+    console.table(table.table(found), fold=True)
     for line in table.notes(found):
         console.tell(line)
     console.say("")
-    console.say(f"results     {folder}")
-    console.say(f"stages      {store.root}")
+    console.place(f"results     {folder}")
+    console.place(f"stages      {store.root}")
     for line in tracking.whereabouts():
-        console.say(line)
+        console.place(line)
 
 
 def _of_judge(overrides: list[str]) -> list[str]:

@@ -211,7 +211,7 @@ def _measure(
         tracking.metrics(rows[OURS] | ({} if outcome is None else outcome.metrics()), 0)
         tracking.metrics({f"{AGAINST.prefix}{name}": value for name, value in rows.get(THEIRS, {}).items()}, 0)
     console.say("")
-    console.table(table(rows, title[0].upper() + title[1:]))
+    console.table(table(rows, title[0].upper() + title[1:]), fold=True)
     for line in describe_outcome(outcome, f"judge={job.runtime.choices['judge']}") if outcome is not None else ():
         console.tell(line)
     for entry in read_agreement(store, part_key(runs[OURS].judge), console.say):
@@ -219,7 +219,7 @@ def _measure(
     for line in running.describe_mixture(makers):
         console.tell(line)
     for line in ("", f"results     {folder}", f"stages      {store.root}", *tracking.whereabouts()):
-        console.say(line)
+        console.place(line)
 
 
 def _lay_out(

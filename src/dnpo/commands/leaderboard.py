@@ -64,9 +64,9 @@ def _run(cfg: DictConfig, job: Any) -> None:
     for note in result.notes():
         console.tell(f"note: {note}")
     console.say("")
-    console.say(f"results     {folder}")
+    console.place(f"results     {folder}")
     for line in tracking.whereabouts():
-        console.say(line)
+        console.place(line)
 
 
 def table(result: LeaderboardResult) -> "ScreenTable":

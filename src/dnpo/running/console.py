@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderResult
 from rich.measure import Measurement
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from dnpo.catalogue import Metric, metric
@@ -31,6 +33,8 @@ COLUMNS = (
 )
 BEST = "▸"
 WIDE = 28  # letters of a stage's title
+LABEL = 12  # letters of the labels of paths and links at a run's end
+ROOMY = 100  # characters of a terminal that has room for a long bar
 HEARTBEAT = 60  # seconds without news after which a stage says so; also between its lines without a terminal
 LONGEST_FAMILY = 6  # letters of a family's name in a heading
 
@@ -55,21 +59,41 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-class _Rate(ProgressColumn):
-    """Shows units per second."""
+class _Parts:
+    """Texts of a line, the most important ones first; those that do not fit are left out."""
 
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        unit = task.fields.get("unit", "")
-        return Text(per_second(speed, unit) if speed else "", style="cyan")
+    def __init__(self, texts: Sequence[Text]) -> None:
+        self.texts = texts
+
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> RenderResult:
+        line = Text()
+        for text in self.texts:
+            longer = Text(", ").join([line, text]) if line else text
+            if longer.cell_len <= options.max_width:
+                line = longer
+        yield line
 
 
-class _Silence(ProgressColumn):
-    """Shows how long a stage has not advanced, if that is ``HEARTBEAT`` or longer."""
+class _News(ProgressColumn):
+    """Shows how far a stage is, what time is left, and what else fits the terminal."""
 
-    def render(self, task: Task) -> Text:
-        report = task.fields.get("report")
-        return Text(report.silence() if report is not None else "", style="yellow")
+    def __init__(self, further: str) -> None:
+        super().__init__(Column(ratio=1))
+        self.further = further
+
+    def render(self, task: Task) -> _Parts:
+        report: StageReport = task.fields["report"]
+        unit, speed, left = report.unit, task.finished_speed or task.speed, task.time_remaining
+        parts = (
+            f"{task.completed:,.0f}/{task.total:,.0f} {unit}" if unit else "",
+            Text(report.silence(), style="yellow"),
+            f"{duration(left)} left" if left else "",
+            report.loss,
+            for_terminal(report.words),
+            per_second(speed) if speed else "",
+            self.further,
+        )
+        return _Parts([Text(part) if isinstance(part, str) else part for part in parts if part])
 
 
 class Console:
@@ -130,17 +154,28 @@ class Console:
             line.truncate(self.rich.width, overflow="ellipsis")
             self.rich.print(line)
         if cut:
-            self.say("… marks what does not fit the terminal; append | cat to see it.")
+            self.tell("… marks what does not fit the terminal; append | cat to see it.")
 
     def say(self, text: str) -> None:
         """Print one line; a path or a command in it can be copied even if the terminal breaks the line."""
         self.rich.print(for_terminal(text), markup=False)
 
-    def tell(self, text: str) -> None:
-        """Print sentences; on a terminal, lines end between words."""
+    def tell(self, text: str, hang: int = 0) -> None:
+        """Print sentences; on a terminal, lines end between words, and further lines begin after ``hang`` spaces."""
         if self.rich.is_terminal:
-            text = fold(text, self.rich.width)
+            text = fold(text, self.rich.width, hang)
         self.say(text)
+
+    def place(self, line: str) -> None:
+        """Print a label of ``LABEL`` letters and a path, link or command, whole if it can be on a narrow terminal."""
+        label, text = line[:LABEL].rstrip(), line[LABEL:]
+        room = self.rich.width - 1 - len(text)
+        if not self.rich.is_terminal or room >= LABEL:
+            self.say(line)
+            return
+        if label:
+            self.say(label)
+        self.say(" " * max(0, min(4, room)) + text)
 
     @contextmanager
     def stage(self, title: str, steps: StepSink) -> Iterator["StageReport"]:
@@ -154,16 +189,10 @@ class Console:
         began = time.monotonic()
         with Progress(
             SpinnerColumn(),
-            TextColumn(self._number(), markup=False),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}", markup=False),
-            _Rate(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}", markup=False),
-            TextColumn("{task.fields[status]}", markup=False),
-            _Silence(),
-            TextColumn(self.left(), markup=False),
+            TextColumn(f"{self._number()}{{task.description}}", markup=False),
+            BarColumn(bar_width=24 if self.rich.width >= ROOMY else 8),
+            _News(self.left()),
+            expand=True,
             console=self.rich,
             transient=True,
             disable=not self.rich.is_terminal,
@@ -173,12 +202,16 @@ class Console:
                 yield report
         if self._kinds:
             self._took[self._kinds[self._place - 1]] = time.monotonic() - began
-        self.say(f"  {self._number()}{title:<{WIDE}} {report.summary()}")
+        self._finish(title, report.summary())
 
     def report_reuse(self, title: str, key: str) -> None:
         """Print that a stage was found in the store."""
         self._place += 1
-        self.say(f"  {self._number()}{title:<{WIDE}} there already ({key})")
+        self._finish(title, f"there already ({key})")
+
+    def _finish(self, title: str, text: str) -> None:
+        head = f"  {self._number()}{title:<{WIDE}} "
+        self.tell(head + text, len(head))
 
 
 class StageReport:
@@ -190,7 +223,7 @@ class StageReport:
         self.started = self.began = self.spoke = self.moved = time.monotonic()
         self.title = title
         self._speaking = threading.Lock()
-        self.task = progress.add_task(for_terminal(title), total=1, unit="", status="", loss="", report=self)
+        self.task = progress.add_task(for_terminal(title), total=None, report=self)
 
     @contextmanager
     def beating(self) -> Iterator[None]:
@@ -215,7 +248,7 @@ class StageReport:
     def begin(self, total: int, unit: str, done: int = 0) -> None:
         """Start the bar at ``done`` of ``total`` units."""
         self.total, self.unit, self.done, self.before, self.began = total, unit, done, done, time.monotonic()
-        self.progress.update(self.task, total=total, completed=done, unit=unit)
+        self.progress.update(self.task, total=total, completed=done)
         if done:
             self.note(f"continues: {done:,} of {total:,} {unit} are there already")
 
@@ -249,19 +282,17 @@ class StageReport:
 
     def note(self, text: str) -> None:
         """Print a line about the stage."""
-        self.console.say(f"  {self.title}: {text}")
+        self.console.tell(f"  {self.title}: {text}")
 
     def status(self, text: str) -> None:
         """Show a short text after the bar, and in later lines."""
         self.words = text
-        self.progress.update(self.task, status=for_terminal(text))
 
     def steps(self, rows: list[dict[str, float]]) -> None:
         """Show the loss of the last step, and pass the metrics of training steps on to be tracked."""
         loss = rows[-1].get("loss/policy") if rows else None
         if loss is not None:
             self.loss = f"loss {loss:.4g}"
-            self.progress.update(self.task, loss=self.loss)
         self.sink(rows, self.total)
 
     def summary(self) -> str:

@@ -90,7 +90,7 @@ def sentences(
             continue
         if found.difference == Estimate(0.0):  # nothing varies
             measured.add(name)
-            said.append(f"{column.title}: {column.format(last)} {column.unit}, the same on every prompt.")
+            said.append(f"{column.title}: {column.format(last)} {column.unit}, unchanged on every prompt.")
             over = f"over {found.items} held-out prompts"
             continue
         if found.difference.low is None or found.difference.high is None:

@@ -457,7 +457,7 @@ def show(
             "Losses: mean over the last tenth of the steps. log p: summed log-probability under the new policy, nats."
         )
     if summary["overoptimised"]:
-        console.say(f"warning: {describe_overoptimisation(summary['overoptimised'], PROGRESS)}")
+        console.tell(f"warning: {describe_overoptimisation(summary['overoptimised'], PROGRESS)}")
     for text in best.sentences(summary):
         console.tell(text)
     if "sources" in summary:
@@ -467,16 +467,16 @@ def show(
     for line in describe_mixture(summary["made_by"]):
         console.tell(line)
     console.say("")
-    console.say(f"results     {folder}")
-    console.say(f"models      {folder / 'models'}")
-    console.say(f"stages      {store.root}")
+    console.place(f"results     {folder}")
+    console.place(f"models      {folder / 'models'}")
+    console.place(f"stages      {store.root}")
     where = tracking.whereabouts()
     for line in where:
-        console.say(line)
+        console.place(line)
     shown = shlex.quote(os.path.relpath(folder))
     if where:  # a report reads what was tracked
-        console.say(f"next        dnpo report {shown}")
-    console.say(f"{'' if where else 'next':<12}dnpo browse {shown}")
+        console.place(f"next        dnpo report {shown}")
+    console.place(f"{'' if where else 'next':<12}dnpo browse {shown}")
 
 
 def _slug(stage: Stage) -> str:

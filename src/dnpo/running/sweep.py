@@ -205,7 +205,8 @@ def _show_spread(numbers: Sequence[Mapping[str, Any]], sweep: Path) -> None:
             view.add_row(different, str(max(map(len, values))), *(_format(shown, some) for some in values))
         console.say(f"\n{shown.axis}: mean ± standard deviation over seeds")
         console.table(view)
-    console.say(f"\nnumbers     {sweep / NUMBERS}")
+    console.say("")
+    console.place(f"numbers     {sweep / NUMBERS}")
 
 
 def _format(shown: Metric, values: Sequence[float]) -> str:
@@ -237,10 +238,11 @@ def _show_comparison(compared: "Sequence[MeasureComparison]", sweep: Path) -> No
         for text in (parts[-1][1].caption, *one.notes):
             console.tell(text)
     folder = shlex.quote(os.path.relpath(sweep))
-    console.say(f"\nnumbers     {sweep / NUMBERS}")
-    console.say(f"comparison  {sweep / COMPARISON}")
-    console.say(f"next        dnpo report {folder}")
-    console.say(f"            dnpo browse {folder}")
+    console.say("")
+    console.place(f"numbers     {sweep / NUMBERS}")
+    console.place(f"comparison  {sweep / COMPARISON}")
+    console.place(f"next        dnpo report {folder}")
+    console.place(f"            dnpo browse {folder}")
 
 
 def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mapping[str, str]) -> str:

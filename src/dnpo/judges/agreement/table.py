@@ -131,7 +131,7 @@ def table(report: Mapping[str, Any]) -> ScreenTable:
     view = ScreenTable(title=title(report), title_justify="left", header_style="bold", pad_edge=False, box=None)
     for heading in HEADINGS:
         right = heading in ("value", "95 % interval", "rows")
-        view.add_column(heading, justify="right" if right else "left", no_wrap=True)
+        view.add_column(heading, justify="right" if right else "left", no_wrap=right)
     for row in cells(report):
         view.add_row(*row)
     return view
