@@ -39,7 +39,7 @@ from analysis.claims_runs import describe_work, to_csv
 from analysis.keeping import log as keep
 from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DnpoError, SettingsError, TrackingError
-from dnpo.escape import for_terminal
+from dnpo.escape import say, tell
 from dnpo.tracking.client import default_uri
 from dnpo.tracking.reading import KIND, Database
 from dnpo.wording import plural
@@ -56,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _go(options)
     except DnpoError as error:
-        print(f"error: {for_terminal(error)}", file=sys.stderr)
+        tell(f"error: {error}", error=True)
         return 1
     except KeyboardInterrupt:
-        print("\nInterrupted. Finished stages are kept: run the same command again.")
+        tell("\nInterrupted. Finished stages are kept: run the same command again.")
         return 130
 
 
@@ -149,13 +149,14 @@ def _go(options: argparse.Namespace) -> int:
         print(f"{place:3} {result.claim.role:9} {result.outcome:15} {result.claim.id:34} {effect}")
     for remark in tables.remarks(results):
         if "not measured" in remark:
-            print(remark)
-    print(f"\n{tables.caption(results, about)[0]}\nresults     {options.out}")
+            tell(remark)
+    tell(f"\n{tables.caption(results, about)[0]}")
+    say(f"results     {options.out}")
     if database is not None and not options.no_log:
         log(database, results, files)
     measured = any(result.effect for result in results)
     if not measured:
-        print("error: no claim could be measured", file=sys.stderr)
+        tell("error: no claim could be measured", error=True)
     return int(bool(failed) or not measured)
 
 
@@ -325,14 +326,14 @@ def sweep_command(name: str, sweep: Sweep, seeds: Sequence[int], options: argpar
     if options.jobs > 1 and find_spec("hydra_plugins") and find_spec(LAUNCHER):
         command += ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={options.jobs}"]
     elif options.jobs > 1:
-        print("jobs run one after another: parallel jobs need the extra `launchers`")
+        tell("jobs run one after another: parallel jobs need the extra `launchers`")
     asked = [override.removeprefix(f"{name}:") for override in options.override if _meant(override, name)]
     given = {override.split("=")[0] for override in asked}
     wanted = [*sweep.overrides]
     for packages, overrides in sweep.where_installed.items():
         absent = [package for package in packages.split() if not find_spec(package)]
         if absent:
-            print(f"sweep {name}: without {' '.join(overrides)}, which needs {', '.join(absent)}")
+            tell(f"sweep {name}: without {' '.join(overrides)}, which needs {', '.join(absent)}")
         else:
             wanted += overrides
     return command + [override for override in wanted if override.split("=")[0] not in given] + asked

@@ -24,7 +24,7 @@ from analysis.claims_rules import POWER, strictest
 from analysis.claims_tables import number, ranges, remarks_by_text
 from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DnpoError, SettingsError
-from dnpo.escape import for_csv, for_markdown, for_terminal
+from dnpo.escape import for_csv, for_markdown, say, tell
 from dnpo.stats.intervals import Components, Mean
 from dnpo.tracking.client import default_uri
 from dnpo.tracking.reading import Database
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _go(options)
     except DnpoError as error:
-        print(f"error: {for_terminal(error)}", file=sys.stderr)
+        tell(f"error: {error}", error=True)
         return 1
 
 
@@ -122,8 +122,9 @@ def _go(options: argparse.Namespace) -> int:
     (options.out / "plan.md").write_text(markdown(plans, [*about, *reasons]), encoding="utf-8")
     (options.out / "plan.csv").write_text(to_csv(plans), encoding="utf-8")
     for plan in plans:
-        print(for_terminal(sentence(plan)))
-    print("\n" + "\n".join(map(for_terminal, [*reasons, *about])) + f"\nresults     {options.out}")
+        tell(sentence(plan))
+    tell("\n" + "\n".join([*reasons, *about]))
+    say(f"results     {options.out}")
     return 0
 
 

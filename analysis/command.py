@@ -19,13 +19,14 @@ from analysis.keeping import log, write
 from analysis.selection import Runs, select
 from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DnpoError, SettingsError
-from dnpo.escape import for_terminal
+from dnpo.escape import tell
 from dnpo.settings import offer
 from dnpo.tracking.client import default_uri
 from dnpo.tracking.reading import Database
 from dnpo.wording import plural
 
 HERE = Path(__file__).parent
+BESIDE = 28  # letters of a name in the list of figures and tables
 ANY = "any"  # in place of a sweep: all runs, in any sweep or in none
 
 
@@ -45,13 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         known = scripts(asked.also)
         if asked.list or not asked.names:
-            print("\n".join(f"{name:28}{_title(script)}" for name, script in known.items()))
+            for name, script in known.items():
+                tell(f"{name:{BESIDE}}{_title(script)}", hang=BESIDE)
             return 0
         names = resolve(asked.names, asked.also)
         tags = dict(_pair(given) for given in asked.tag)
         database = Database(asked.uri, asked.experiment)
     except DnpoError as error:
-        print(f"error: {for_terminal(error)}", file=sys.stderr)
+        tell(f"error: {error}", error=True)
         return 1
 
     @cache
@@ -63,13 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             runs("")
         except DnpoError as error:
-            print(f"error: {for_terminal(error)}", file=sys.stderr)
+            tell(f"error: {error}", error=True)
             return 1
     outcomes: list[Outcome] = []
     for name in names:
         outcome = _run(name, known[name], database, runs, asked.out, asked.log)
         same = next((each.name for each in outcomes if each.text == outcome.text), "")
-        print(f"{outcome.name}: {f'skipped, for the same reason as {same}' if same else outcome.text}", flush=True)
+        tell(f"{outcome.name}: {f'skipped, for the same reason as {same}' if same else outcome.text}")
         outcomes.append(outcome)
     return _report(outcomes)
 

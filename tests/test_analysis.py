@@ -477,6 +477,22 @@ def test_every_required_figure_and_table_exists(capsys: pytest.CaptureFixture[st
     assert all(name in listed for name in command.scripts())
 
 
+def test_on_a_terminal_titles_of_figures_continue_below_each_other(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command.main(["--list"]) == 0
+    whole = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert command.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    further = [line for line in lines if line.startswith(" ")]
+    assert further
+    assert all(len(line) < 80 for line in lines)
+    assert all(line[: command.BESIDE].isspace() and line[command.BESIDE] != " " for line in further)
+    assert "\n".join(lines).split() == whole.split()
+
+
 @pytest.mark.long
 def test_real_runs_are_drawn_with_the_numbers_of_their_summaries(tiny: Path, migrated: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny / "store", tmp_path / "store")

@@ -26,7 +26,7 @@ from dnpo import __version__, disk, interrupts
 from dnpo.commands.grammar import HELP, VERSION, program, refuse_dashes
 from dnpo.commands.quoting import explain_unreadable
 from dnpo.errors import DnpoError, SettingsError
-from dnpo.escape import say
+from dnpo.escape import say, tell
 from dnpo.former import up_to_date
 from dnpo.settings import check_values, conf_folder, flat, nearest, offer
 
@@ -112,7 +112,7 @@ def run(
         _fail(explain(error, config, sys.argv[1:]))
     except KeyboardInterrupt as interrupt:
         by = interrupts.name(interrupt)
-        say(f"\nInterrupted{f' by {by}' if by else ''}. {interrupted}")
+        tell(f"\nInterrupted{f' by {by}' if by else ''}. {interrupted}")
         sys.exit(interrupts.exit_status(interrupt))
     except Exception as error:
         from dnpo.running.sweep import report_stopped

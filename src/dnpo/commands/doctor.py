@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 from dnpo import __version__
 from dnpo.errors import DnpoError
-from dnpo.escape import say
+from dnpo.escape import say, tell
 from dnpo.settings import conf_folder
 
 KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "MLFLOW_TRACKING_URI")
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _surroundings()
     say("\n" + ("Nothing that a run needs is missing." if not problems else "To fix:"))
     for problem in problems:
-        say(f"  {problem}")
+        tell(f"  {problem}")
     sys.exit(1 if problems else 0)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DnpoError
-from dnpo.escape import say
+from dnpo.escape import say, tell
 
 if TYPE_CHECKING:
     from dnpo.running.card import SavedPolicy
@@ -69,7 +69,7 @@ def _export(given: argparse.Namespace, to: Path) -> "SavedPolicy":
     from dnpo.running.export import expect_new, export
 
     def warn(text: str) -> None:
-        say(f"warning: {text}")
+        tell(f"warning: {text}")
 
     if given.format == "transformers":
         return export(given.run, to, given.iteration, given.store, warn)

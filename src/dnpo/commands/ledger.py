@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import LedgerError
-from dnpo.escape import say
+from dnpo.escape import say, tell
 from dnpo.judges.asked.ledger import Ledger, sum_by
 from dnpo.running.console import Console
 from dnpo.screen import ScreenTable
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(parser, arguments).file
     path = Path(given or "ledger.sqlite")
     if not path.is_file() and given is None:
-        say(f"nothing yet: no judge has been asked here ({path}); give another ledger's path if you have one")
+        tell(f"nothing yet: no judge has been asked here ({path}); give another ledger's path if you have one")
         return
     if not path.is_file():
         say(f"error: {path}: there is no such file; give the ledger of your runs (setting ledger=…)", error=True)

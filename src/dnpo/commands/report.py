@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DataError, DnpoError
-from dnpo.escape import say
+from dnpo.escape import say, tell
 from dnpo.report.content import content
 from dnpo.report.page import html
 from dnpo.report.selection import Selection, select
@@ -58,11 +58,11 @@ def _report(given: argparse.Namespace) -> None:
     took = time.monotonic() - clock
     say(f"{out}: {len(text.encode()) / 1e6:.1f} MB, {plural(len(selection.runs), 'run')}, in {took:.1f} s")
     if selection.left_out:
-        say(selection.left_out)
+        tell(selection.left_out)
     if given.no_log:
         return
     if selection.own is None:
-        say("not kept in MLflow: these runs have no parent run of a sweep")
+        tell("not kept in MLflow: these runs have no parent run of a sweep")
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / ARTIFACT

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"error: {error}", error=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        say("\nInterrupted. Nothing was written.")
+        tell("\nInterrupted. Nothing was written.")
         sys.exit(130)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from dnpo import disk
 from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DnpoError, StoreError, TrackingError
-from dnpo.escape import say
+from dnpo.escape import say, tell
 from dnpo.store import Remote, find_damage, inventory
 from dnpo.store.inventory import Entry
 from dnpo.store.remote import Gone
@@ -93,7 +93,7 @@ def show(given: argparse.Namespace) -> int:
     try:
         needs = inventory.find_needs(entries, _tracked(given))
     except TrackingError as error:
-        say(f"which runs need them is unknown: {error}\n")
+        tell(f"which runs need them is unknown: {error}\n")
         needs = {}
     _print(entries, needs)
     return 0
@@ -111,12 +111,14 @@ def verify(given: argparse.Namespace) -> int:
         damage = entry.damage if given.remote else find_damage(entry.folder, digests=True)
         damaged += bool(damage)
         if damage:
-            say(f"damaged     {entry.name}: {'; '.join(damage)}")
+            tell(f"damaged     {entry.name}: {'; '.join(damage)}", hang=12)
         elif "files" not in entry.content:
             unknown += 1
-            say(f"unverified  {entry.name}: an earlier version of dnpo wrote it, without digests of its files")
+            tell(
+                f"unverified  {entry.name}: an earlier version of dnpo wrote it, without digests of its files", hang=12
+            )
     size = sum(entry.size for entry in chosen)
-    say(f"{_count(chosen)}, {_bytes(size)}: {damaged} damaged, {unknown} unverified, the others intact")
+    tell(f"{_count(chosen)}, {_bytes(size)}: {damaged} damaged, {unknown} unverified, the others intact")
     if damaged:
         where = f"remote={given.remote}" if given.remote else f"store={shlex.quote(str(given.store))}"
         say(f"dnpo store remove STAGE/KEY {where} yes=true removes one; a run computes it again")
@@ -133,12 +135,12 @@ def remove(given: argparse.Namespace) -> int:
     else:
         chosen = _choose(given, inventory.read_store(given.store))
     if not chosen:
-        say("nothing to remove: every stage is needed by a tracked run")
+        tell("nothing to remove: every stage is needed by a tracked run")
         return 0
     _print(chosen, {})
     size = f"{_count(chosen)}, {_bytes(sum(entry.size for entry in chosen))}"
     if not (given.apply or given.yes):
-        say(f"\n{size}. Nothing was removed: apply=true removes them after a question, yes=true without one")
+        tell(f"\n{size}. Nothing was removed: apply=true removes them after a question, yes=true without one")
         return 0
     if not given.yes and not _agrees(f"\nRemove {size}? [y/N] "):
         say("nothing was removed")
@@ -161,11 +163,11 @@ def publish(given: argparse.Namespace) -> int:
         damage = find_damage(entry.folder, digests=True)
         if damage:
             damaged += 1
-            say(f"damaged     {entry.name}: {'; '.join(damage)}")
+            tell(f"damaged     {entry.name}: {'; '.join(damage)}", hang=12)
         elif "files" in entry.content and remote.publish(entry.name, entry.content, entry.folder):
             new += 1
             say(f"published   {entry.name}")
-    say(f"{_count(chosen)}: {new} published, {damaged} damaged, the others are there already or have no digests")
+    tell(f"{_count(chosen)}: {new} published, {damaged} damaged, the others are there already or have no digests")
     return int(damaged > 0)
 
 
@@ -240,7 +242,7 @@ def _print(entries: Sequence[Entry], needs: Mapping[str, Sequence[str]]) -> None
     from dnpo.screen import ScreenTable
 
     table = ScreenTable(box=None, pad_edge=False, header_style="bold")
-    for heading in ("stage", "what", "size", "made", "by", *(["needed by"] if needs else [])):
+    for heading in ("stage", "what", "size", "made", *(["needed by"] if needs else []), "by"):
         table.add_column(heading, no_wrap=True, justify="right" if heading == "size" else "left")
     for entry in entries:
         made = entry.content.get("made_by", {})
@@ -249,8 +251,9 @@ def _print(entries: Sequence[Entry], needs: Mapping[str, Sequence[str]]) -> None
         by += [made["device"]] if "device" in made else []
         what = str(entry.content.get("title", "")) if entry.finished else "unfinished"
         cells = [entry.name, "damaged: " + "; ".join(entry.damage) if entry.damage else what, _bytes(entry.size)]
-        cells += [str(entry.content.get("started", ""))[:16].replace("T", " "), ", ".join(filter(None, by))]
+        cells += [str(entry.content.get("started", ""))[:16].replace("T", " ")]
         cells += [_name(needs[entry.name])] if needs else []
+        cells += [", ".join(filter(None, by))]
         table.add_row(*map(Text, cells))
     Console().table_cut(table)
     if needs:

@@ -338,7 +338,7 @@ def _go(
 
         _print_plan(console, store, iterations, find_shared_stages(sweep, folder, stages))
         if choice.patience:
-            console.say(f"patience={choice.patience} may end the run before all of these stages.")
+            console.tell(f"patience={choice.patience} may end the run before all of these stages.")
         judged = labels_of_run(run, {})
         if judged.level == "stop":
             console.tell(f"This run would be refused. {judged.refusal}")

@@ -20,7 +20,7 @@ from torch.nn.functional import softplus
 
 from dnpo.data.seen import hash_conversation
 from dnpo.errors import DataError, ModelError
-from dnpo.escape import say
+from dnpo.escape import say, tell
 from dnpo.judges.reward.facts import FACTS, SEEN, Kind
 from dnpo.judges.reward.models import Embedding, Rewards, start_classifier
 from dnpo.judges.reward.preferences import Preference, Preferences
@@ -132,7 +132,7 @@ def fit(
         },
     }
     _write(model, facts, [hash_conversation(pair.messages) for pair in known], folder)
-    say(_describe(facts))
+    tell(_describe(facts))
     return facts
 
 
