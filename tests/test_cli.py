@@ -136,6 +136,7 @@ def test_the_docstring_of_every_part_in_conf_describes_all_of_its_settings() -> 
             if str(target).startswith("dnpo."):
                 part = locate("part", str(target))
                 lacking += [(target, name) for name in _parameters(part) if not describe(part).get(name)]
+                assert not re.search(r"\bNone\b", " ".join(describe(part).values())), "settings say null"
     assert sorted(set(lacking)) == []
 
 

@@ -16,7 +16,7 @@ from dnpo.escape import say, tell
 from dnpo.settings import conf_folder
 
 KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "MLFLOW_TRACKING_URI")
-PROGRAMS = {"bwrap": "judge=code can run programs in its sandbox", "pdflatex": "typesets the tables of dnpo figures"}
+PROGRAMS = {"bwrap": "a sandbox for judge=code", "pdflatex": "typesets the tables of dnpo figures"}
 LEAST_FREE = 5  # GB of free disk; with less, a run is likely to fill the disk
 
 

@@ -181,7 +181,7 @@ def describe(part: Any) -> dict[str, str]:
     for kind in kinds:
         section = HEADING.search((inspect.cleandoc(kind.__doc__) if kind.__doc__ else "") + "\n")
         for names, text in ENTRY.findall(section[1]) if section else ():
-            found |= {name.strip(): _unmarked(text) for name in names.split(",")}
+            found |= {name.strip(): _as_setting(_unmarked(text)) for name in names.split(",")}
     for name, words in _choices(part).items():
         if not all(word in found.get(name, "") for word in words):
             found[name] = f"{found.get(name, '').rstrip('.')}; one of {', '.join(words)}".lstrip("; ")
@@ -275,6 +275,11 @@ def _spell(value: Any) -> str:
     if value == "???":
         return "(has to be given)"
     return repr(value) if isinstance(value, str) and (not value or value != value.strip()) else str(value)
+
+
+def _as_setting(text: str) -> str:
+    """A docstring's text in the words of settings: None is ``null`` there."""
+    return re.sub(r"\bNone\b", "null", text)
 
 
 def _unmarked(text: str) -> str:

@@ -83,8 +83,8 @@ class Noisy(Judge):
             )
         if isinstance(self.wraps, Ensemble) and self.wraps.by == "mean" and self.wraps.only_compares:
             raise SettingsError(
-                "wraps: this ensemble has the mean of members that compare, so 50 points need not be a tie; wrap its "
-                "members instead, or take wraps.by=majority"
+                "wraps: this ensemble averages judges that compare two responses, so 50 points need not be a tie; wrap "
+                "its members instead, or take wraps.by=majority"
             )
 
     @property

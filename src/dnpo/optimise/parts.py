@@ -178,7 +178,8 @@ class Refined:
         percentile: percentile of the recent confidences, from 0 to 100.
         window: number of recent pairs.
         warmup: share of the policy steps before labels can be suspect.
-        cache_hidden: as in :class:`Noise`, but for both responses.
+        cache_hidden: keep hidden states of both responses on disk: ``on``, ``off``, or ``auto`` (if there is room, and
+            more than one epoch); it changes only rounding and the amount of computation.
     """
 
     beta: Positive
@@ -345,7 +346,8 @@ class TrainableNoise(Noise):
         max_variance: upper bound of s².
         learning_rate: constant learning rate of Adam for W and b.
         start_log_std: initial value of b.
-        cache_hidden: as in :class:`Noise`; it changes rounding and the amount of computation.
+        cache_hidden: keep hidden states of the reference on disk: ``on``, ``off``, or ``auto`` (if there is room, and
+            more than one epoch); it changes only rounding and the amount of computation.
     """
 
     reads_states = True
@@ -376,7 +378,8 @@ class FixedNoise(Noise):
 
     Args:
         variance: s².
-        cache_hidden: as in :class:`Noise`.
+        cache_hidden: keep hidden states of the reference on disk: ``on``, ``off``, or ``auto`` (if there is room, and
+            more than one epoch); it changes only rounding and the amount of computation.
     """
 
     reads_states = True
@@ -456,7 +459,7 @@ class MovingAverage:
 
 @dataclass(frozen=True)
 class Optimisation:
-    """How to train, configured by ``sft=…``.
+    """How to train a model on rows.
 
     Args:
         epochs: passes over the rows; 0: no training.
@@ -467,7 +470,7 @@ class Optimisation:
         optimizer: the policy's optimizer, without its parameters; fused if torch supports it, unless set otherwise.
         warmup: share of the policy steps over which the learning rate rises from 0.
         decay: whether the learning rate then falls linearly to 0; otherwise it is constant.
-        clip: maximum gradient norm of a player; 0: no clipping.
+        clip: maximum gradient norm, of the policy and of the noise each; 0: no clipping.
         autocast: use bf16 matrix products with parameters of higher precision.
         checkpoint_every: policy steps between checkpoints; a killed run repeats at most this many.
         checkpointing: keep only one hidden state per layer for the backward pass, and recompute the rest: less memory,

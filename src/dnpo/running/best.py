@@ -76,8 +76,8 @@ class KeptPolicy:
         name = self.best_by or default_metric(rows)
         if not has(rows[-1], name):
             raise SettingsError(
-                f"best_by={name}: the policy after {_place(rows[-1])} has no such number; choose another metric: a run "
-                "without keep=best and patience has them all in the table of its summary.json. Finished stages are kept"
+                f"best_by={name}: the policy after {_place(rows[-1])} has no such number; choose another metric of the "
+                "table in the summary.json of a run without keep=best and patience. Finished stages are kept"
             )
         return name
 

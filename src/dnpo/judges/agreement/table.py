@@ -98,7 +98,7 @@ def _place_on_map(measures: Mapping[str, Any]) -> str:
     of = metric("agreement/accuracy")
     value, low, high = (of.format(accuracy[end]) for end in ("value", "low", "high"))
     chance = ", which includes chance" if accuracy["low"] <= 0.5 <= accuracy["high"] else ""
-    line = "that of random errors, since no preference for length is certain"
+    line = "that of random errors, since a preference for length is not certain"
     if bias.get("low") is not None and (bias["low"] > 0 or bias["high"] < 0):
         apart = metric("agreement/length_bias").format_with_unit(bias["value"], signed=True)
         longer = f"it prefers longer responses more often than people do ({apart})"
