@@ -279,7 +279,7 @@ def test_a_model_that_does_not_answer_with_a_number(tmp_path: Path, report: Repo
     judge = HF(path=str(saved(tmp_path / "model")), device="cpu")
     prompts, responses = rows(3)
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        with pytest.raises(JudgeError, match=r"a number from 0 to 100 only \d+ % \(judge.min_mass=0.5\)"):
+        with pytest.raises(JudgeError, match=r"a probability of only \d+ % \(judge.min_mass=0.5\)"):
             judge(prompts, responses, ledger, report)
         canary = judge.canary(ledger)
     assert not canary.scored

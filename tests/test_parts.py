@@ -32,7 +32,11 @@ GIVEN: dict[tuple[str, str], list[list[str]]] = {
     ("judge", "noisy"): [["judge@judge.wraps=openai", "wraps.model=gpt-4o", "wraps.mode=pairwise"]],
     **{("data", kind): [["path=rows", "sample=1"]] for kind in ("jsonl", "parquet", "csv", "arrow")},
     ("data", "mix"): [["+data@data.sources.world=tinyworld_smoke", "weights={world: 1}", "rows=5"]],
-    **{("trainer", path.stem): [["keep=best"]] for path in (CONF / "trainer").glob("*.yaml")},
+    **{
+        (group, path.stem): [["keep=best", "steps=5"]]
+        for group in ("trainer", "sft")
+        for path in (CONF / group).glob("*.yaml")
+    },
 }
 CASES = [
     pytest.param(group, path.stem, given, id=f"{group}={path.stem}-{number}")

@@ -310,12 +310,12 @@ def test_adapters_belong_to_the_weights_that_they_were_trained_on(
 ) -> None:
     folder = stack(kind)
     other: Quantisation = "int8" if kind == "nf4" else "nf4"
-    with pytest.raises(ModelError, match=rf"model\.quantization: .* trained on {kind}, and the base is {other}"):
+    with pytest.raises(ModelError, match=rf"model\.quantization: .* trained on {kind}, but the base is {other}"):
         load(str(base), folder, quantization=other)
-    with pytest.raises(ModelError, match=rf"trained on {kind}, and the base is .*not quantised"):
+    with pytest.raises(ModelError, match=rf"trained on {kind}, but the base is .*not quantised"):
         load(str(base), folder)
     (folder / STACK).unlink()
-    with pytest.raises(ModelError, match=rf"not quantised, and the base is {kind}"):
+    with pytest.raises(ModelError, match=rf"not quantised, but the base is {kind}"):
         load(str(base), folder, quantization=kind)
 
 
