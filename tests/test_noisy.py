@@ -347,7 +347,7 @@ def test_wrong_settings_are_named(settings: dict[str, Any], problem: str) -> Non
 
 def test_ensembles_have_one_meaning_of_50_points_or_are_refused() -> None:
     members = {"one": Stated(True), "two": Rules()}
-    with pytest.raises(SettingsError, match=r"^wraps: this ensemble has the mean"):
+    with pytest.raises(SettingsError, match=r"^wraps: this ensemble averages"):
         Noisy(Ensemble(members=members))
     assert Noisy(Ensemble(members=members, by="majority")).only_compares
     assert not Noisy(Ensemble(members={"one": Rules(), "two": Longer()})).only_compares
