@@ -134,7 +134,7 @@ def _go(options: argparse.Namespace) -> int:
     tracked = Tracked.of(book, database, where, seeds, required)
     began = time.monotonic()
     results = assess(book, tracked, options.exploratory, earlier.results)
-    sweeps = describe_sweeps(book, tracked, earlier)
+    sweeps = describe_sweeps(results, tracked, earlier)
     print(
         f"{plural(len(results), 'claim')} measured in {time.monotonic() - began:.0f} s; "
         f"{time.monotonic() - clock:.0f} s in all"
@@ -231,18 +231,19 @@ def pair_tags(given: Sequence[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in given)
 
 
-def describe_sweeps(book: Book, tracked: Tracked, earlier: Earlier) -> dict[str, SweepRead]:
-    """What was read of each sweep; of one without runs here, what the earlier table says."""
+def describe_sweeps(results: Sequence[Result], tracked: Tracked, earlier: Earlier) -> dict[str, SweepRead]:
+    """What was read of each sweep; if its claims were measured earlier, what the earlier table says."""
     found = {}
-    for sweep in book.sweeps:
-        runs, seeds = tracked.runs[sweep], tracked.seeds(sweep)
+    kept = {result.claim.sweep for result in results if result.effect is not None and not result.runs}
+    for sweep, runs in tracked.runs.items():
+        seeds = tracked.seeds(sweep)
         of = f" of seeds {tables.ranges(seeds)}" if seeds else ""
         short = f", {tracked.unfinished[sweep]} unfinished" if tracked.unfinished[sweep] else ""
         refused = f"; left out: {tracked.refused[sweep]}" if sweep in tracked.refused else ""
         options = {part: sorted({run.option(part) or "none" for run in runs}) for part in SHOWN} if runs else {}
         work = f"; {spent}" if (spent := describe_work(runs)) else ""
         here = SweepRead(text=f"{plural(len(runs), 'run')}{of}{short}{work}{refused}", options=options)
-        found[sweep] = here if runs else earlier.sweeps.get(sweep, here)
+        found[sweep] = earlier.sweeps[sweep] if sweep in kept and sweep in earlier.sweeps else here
     return found
 
 

@@ -838,6 +838,7 @@ def test_a_table_without_its_runs_decides_as_with_them(tmp_path: Path, database:
     assert "main (7 runs of seeds 0-3, 1 unfinished; 9 min" in (tmp_path / "out/claims.md").read_text()
     more = outcomes(tmp_path, database, *given, arguments=("--measured", str(kept), "--seeds", "0"))
     assert more["better"]["seeds"] == 3, "the tracked runs have fewer seeds than the earlier table"
+    assert "main (7 runs of seeds 0-3, 1 unfinished; 9 min" in (tmp_path / "out/claims.md").read_text()
 
     kept.write_text(kept.read_text().replace('"target": 0.0', '"target": 1.0', 1))
     assert "claim better has another target there: 1.0, not 0.0" in refusal(tmp_path, nowhere, kept)
