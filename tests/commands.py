@@ -133,7 +133,7 @@ def run_command(cwd: Path, module: str, *arguments: str, **env: str) -> Done:
     main = importlib.import_module(module).main
     out, err = io.StringIO(), io.StringIO()
     with ExitStack() as stack:
-        for isolated in (_environment(env), chdir(cwd), _imports(cwd), _logging(), _randomness(), _hydra()):
+        for isolated in (_environment(env), chdir(cwd), _imports(cwd), logging_restored(), _randomness(), _hydra()):
             stack.enter_context(isolated)
         stack.enter_context(mpl.rc_context())
         stack.enter_context(redirect_stdout(out))
@@ -202,7 +202,7 @@ def _imports(cwd: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _logging() -> Iterator[None]:
+def logging_restored() -> Iterator[None]:
     """Restore every logger's handlers and level; close the files that a command opened."""
     named = logging.root.manager.loggerDict.values()
     known = [logging.root, *(each for each in named if isinstance(each, logging.Logger))]

@@ -20,8 +20,9 @@ from dnpo.report.comparison import MeasureComparison, ReportMeasure
 from dnpo.running import console as module
 from dnpo.running.console import BEST, COMPACT, NARROW, Console, compact_table
 from dnpo.running.ending import sentences, show_briefly
+from dnpo.running.execute import show_job
 from dnpo.running.gate import Finding, show
-from dnpo.running.sweep import _gather, _show_comparison, _show_spread, describe_place
+from dnpo.running.sweep import _gather, _show_comparison, _show_places, _show_spread, describe_place, name_job
 from dnpo.screen import ScreenTable
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.paired import compare_paired
@@ -211,10 +212,44 @@ def test_a_job_reports_its_number_in_the_sweep_and_the_remaining_time(tmp_path: 
     begun = time.time() - 60
     os.utime(tmp_path / "multirun.yaml", (begun, begun))
     assert describe_place(tmp_path, 1) == "job 2 of 8, about 7 min left"
+    assert name_job(tmp_path, 1) == "job 2 of 8"
+    write_settings({**all_of_them, "params": None}, "npo.alpha=interval(0,1)")
+    assert describe_place(tmp_path, 0) == "job 1"
     write_settings({"_target_": "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"}, "a=1")
     assert describe_place(tmp_path, 4) == "job 5"
     (tmp_path / "multirun.yaml").unlink()
     assert describe_place(tmp_path, 4) == "job 5"
+
+
+@pytest.mark.parametrize(
+    ("choice", "shown"),
+    [
+        ({}, "score 22.3 → 20.0"),
+        ({"best": {"iteration": 0, "by": "eval/accuracy", "value": 0.5}, "kept": 1}, "accuracy 10.0% → 50.0%"),
+    ],
+)
+def test_a_job_of_a_sweep_ends_with_a_line_and_its_warnings(
+    choice: dict[str, Any], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"iteration": name, "eval/score": score, "eval/accuracy": right}
+        for name, score, right in (("SFT", 22.3, 0.1), (0, 22.4, 0.5), (1, 20.0, 0.2))
+    ]
+    made_by = [{"dnpo": version, "stages": [version]} for version in ("1", "2")]
+    summary = {"table": rows, "overoptimised": [], "judge_agreement": [], "made_by": made_by, "sources": {}}
+    summary |= {"choice": choice, "settings": {"keep": "best", "eval": {"split": "test"}}} if choice else {}
+    console, out = terminal(79)
+    folder = Path("multirun/2026-11-30/19-59-49-624397/0")
+    show_job(console, summary, folder, "job 1 of 4", wide=False)
+    lines = plain(out)
+    assert lines[0].startswith("keep=best" if choice else "warning: ")
+    assert "warning: the stages of this run were not all made in the same way" in " ".join(lines)
+    assert " ".join(lines).endswith(f"job 1 of 4: {shown}, in {folder}")
+    if not choice:
+        assert lines[-1].startswith("job 1"), "it fits a line"
+    assert not capsys.readouterr().out
+    show_job(console, summary, folder, "job 1 of 4", wide=True)
+    assert "Results by iteration" in capsys.readouterr().out
 
 
 def test_the_loss_of_the_last_step_is_shown_and_all_steps_are_passed_on(
@@ -383,13 +418,26 @@ def test_a_sweep_ends_with_the_intervals_of_the_report_and_the_next_commands(
     means = stats_table({name: {"SFT": Cell(Estimate(19.71, 15.0, 24.4))} for name in ("spin", "dnpo")})
     differences = stats_table({"dnpo": {"k = 1": Cell(Estimate(-0.81, -4.6, 3.0), 0.6, signed=True)}})
     measure = ReportMeasure(metric("eval/score"))
-    _show_comparison([MeasureComparison(measure, means, differences, "spin", ("One seed only.",))], tmp_path / "sweep")
+    _show_comparison([MeasureComparison(measure, means, differences, "spin", ("One seed only.",))])
+    (tmp_path / "sweep.json").touch()
+    _show_places(tmp_path, ["store", "store"], ["dashboard   mlflow ui", "            http://127.0.0.1:5000"])
     out = capsys.readouterr().out
     assert re.search(r"^spin +19\.7 ± 4\.7$", out, re.MULTILINE)
     assert re.search(r"^Differences from spin, paired\nsettings +k = 1\ndnpo +−0\.8 ± 3\.8$", out, re.MULTILINE)
     assert "half of the 95 % interval" in out
     assert "One seed only." in out
-    assert re.search(r"^next +dnpo report \S+sweep\n +dnpo browse \S+sweep$", out, re.MULTILINE)
+    shown = os.path.relpath(tmp_path)
+    assert out.splitlines()[-7:] == [
+        f"results     {tmp_path}",
+        f"numbers     {tmp_path}/sweep.json",
+        "stages      store",
+        *("dashboard   mlflow ui", "            http://127.0.0.1:5000"),
+        *(f"next        dnpo report {shown}", f"            dnpo browse {shown}"),
+    ]
+    _show_places(tmp_path, ["a", "b"], ())
+    out = capsys.readouterr().out
+    assert "stages      a, b\n" in out
+    assert out.endswith(f"next        dnpo browse {shown}\n"), "a report needs tracked runs"
 
 
 def test_without_tracking_a_sweep_ends_with_means_and_standard_deviations(
@@ -403,7 +451,7 @@ def test_without_tracking_a_sweep_ends_with_means_and_standard_deviations(
     numbers = _gather(tmp_path, jobs)
     assert json.loads((tmp_path / "sweep.json").read_text()) == numbers
     assert {each["metric"] for each in numbers} == {"eval/accuracy"}
-    _show_spread(numbers, tmp_path)
+    _show_spread(numbers)
     out = capsys.readouterr().out
     assert "all jobs: scale=smoke" in out
     assert re.search(r"^method=spin +2 +20\.0 ± 14\.1 +20\.0 ± 0\.0$", out, re.MULTILINE)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from dnpo.commands.train import job_name, run_name
+from dnpo.commands.naming import job_name, run_name
 from dnpo.errors import SettingsError
 from dnpo.optimise.parts import PairOptimisation
 from dnpo.settings import (

@@ -1,8 +1,10 @@
 """Sweeps by name: each composes, each of its jobs passes every check, and together they give their table."""
 
+import importlib
 import importlib.util
 import itertools
 import json
+import logging
 import shutil
 import subprocess
 from collections import Counter
@@ -16,6 +18,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import configure_log
 from omegaconf import DictConfig
 
 from dnpo.commands.train import build, check_settings
@@ -25,7 +28,7 @@ from dnpo.running import execute as running
 from dnpo.settings import conf_folder
 from dnpo.stages.plan import Iteration, Run
 from dnpo.tracking.reading import Database
-from tests.commands import TINY, Process, train
+from tests.commands import TINY, Process, logging_restored, train
 
 CONF = conf_folder()
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
@@ -172,6 +175,29 @@ def test_fixed_against_trainable_noise_includes_the_matched_constant() -> None:
     needed = trainings(found)
     assert sum(needed.values()) == 1 + 3 * 4
     assert trainings([*found, *jobs("ablation", "seed=0", "method=spin,npo")]).total() == needed.total()
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "leaderboard", "agreement"])
+def test_hydra_does_not_announce_jobs_but_warns(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command announces its jobs itself; jobs of submitit print to their own files, so its lines stay."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(command, return_hydra_config=True)
+    launchers = ["hydra._internal.core_plugins.basic_launcher", "hydra_plugins.hydra_joblib_launcher._core"]
+    with logging_restored():
+        configure_log(cfg.hydra.hydra_logging)
+        for name in (*launchers, "hydra_plugins.hydra_submitit_launcher.submitit_launcher"):
+            logging.getLogger(name).info("Launching 4 jobs")
+            logging.getLogger(name).warning("Something is wrong")
+    out = capsys.readouterr().out
+    assert (out.count("Launching"), out.count("wrong")) == (1, 3)
+
+
+def test_the_launchers_that_are_silenced_log_under_these_names() -> None:
+    """Else the settings would silence nothing, for instance after an update of Hydra."""
+    settings = yaml.safe_load((CONF / "hydra" / "hydra_logging" / "quiet.yaml").read_text())
+    for name in settings["loggers"]:
+        if importlib.util.find_spec(name.partition(".")[0]):
+            assert importlib.import_module(name).log.name == name
 
 
 def test_the_main_sweep_shares_iteration_0() -> None:

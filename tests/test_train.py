@@ -363,6 +363,13 @@ def test_a_sweep_shares_stages_nests_its_runs_and_reports_failures(tiny: Path, m
     assert "npo.alpha=-1: " in done.stderr
     assert done.stderr.count("failed") == 2
     assert re.search(r"npo.alpha=0.01( +\d+\.\d ± \d+\.\d){3}", done.stdout)
+    assert "HYDRA" not in done.stdout
+    (announced,) = re.findall(r"^dnpo \S+: a sweep of 6 jobs, in (multirun/\S+)$", done.stdout, re.MULTILINE)
+    reached = re.findall(r"^job (\d) of 6: score \d+\.\d → \d+\.\d, in (\S+)$", done.stdout, re.MULTILINE)
+    assert reached == [(str(number + 1), f"{announced}/{number}") for number in (0, 1, 4, 5)]
+    for label in ("results", "stages", "dashboard", "next"):
+        (at,) = re.finditer(rf"^{label} ", done.stdout, re.MULTILINE)
+        assert at.start() > done.stdout.rindex("job 6 of 6"), "once, at the end"
     optimised = list((tmp_path / "store" / "optimise").iterdir())
     shared = ("sft", "generate", "judge", "pairs", "reference")
     counts = {name: len(list((tmp_path / "store" / name).iterdir())) for name in shared}
@@ -395,6 +402,11 @@ def test_a_sweep_shares_stages_nests_its_runs_and_reports_failures(tiny: Path, m
 def test_the_plan_of_a_sweep_shows_shared_stages(tmp_path: Path) -> None:
     out = succeed(tmp_path, "-m", *SMOKE, "npo.alpha=0.01,0.1", "plan=true")
     assert (out.count("to do"), out.count("shared with job 0")) == (16 + 3, 13)
+    lines = out.splitlines()
+    assert [line for line in lines if line.startswith("job ")] == [
+        f"job {number} of 2: npo.alpha={alpha}" for number, alpha in ((1, "0.01"), (2, "0.1"))
+    ]
+    assert not any(line.startswith("results") for line in lines), "there are none"
 
 
 # --- does the method work

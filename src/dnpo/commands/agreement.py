@@ -72,6 +72,7 @@ def _check(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, d
 
 
 def _run(cfg: DictConfig, job: Any) -> None:
+    command.greet(cfg, job)
     top, where, settings = _check(cfg)
     data = Labelled(**where)
     rows = data.read()
@@ -89,6 +90,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
     from dnpo.judges.agreement import table
     from dnpo.judges.agreement.figure import draw
     from dnpo.running.console import Console
+    from dnpo.running.ending import list_places
     from dnpo.seeding import derive
     from dnpo.stages import agreement
     from dnpo.store import manifest, write_json
@@ -134,10 +136,8 @@ def _run(cfg: DictConfig, job: Any) -> None:
     console.table(table.table(found), fold=True)
     for line in table.notes(found):
         console.tell(line)
-    console.say("")
-    console.place(f"results     {folder}")
-    console.place(f"stages      {store.root}")
-    for line in tracking.whereabouts():
+    pages = tracking.whereabouts() if sweep is None else ()  # a sweep ends with them
+    for line in ("", *list_places({"results": folder, "stages": store.root}, pages)):
         console.place(line)
 
 

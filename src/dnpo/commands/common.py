@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dnpo import __version__, disk, interrupts
 from dnpo.commands.grammar import HELP, VERSION, program, refuse_dashes
+from dnpo.commands.naming import run_name
 from dnpo.commands.quoting import explain_unreadable
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import say, tell
@@ -119,6 +120,18 @@ def run(
 
         if not report_stopped(error):
             raise
+
+
+def greet(cfg: DictConfig, job: Any) -> None:
+    """Print the first line of a run or of a sweep's job at once, since importing the libraries takes seconds."""
+    from dnpo.running.sweep import describe_place, find_varying
+
+    given = job.overrides.task
+    if job.mode is RunMode.MULTIRUN:
+        sweep = Path(job.sweep.dir)
+        say(f"{describe_place(sweep, job.job.num)}: {run_name(find_varying(sweep, given))}")
+    elif not (cfg.get("plan") or cfg.get("check")):
+        say(f"dnpo {__version__}: {run_name(given)}")
 
 
 @contextmanager

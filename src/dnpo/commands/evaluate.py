@@ -119,6 +119,7 @@ def _whole_weights(setting: str, path: str | None) -> None:
 
 
 def _run(cfg: DictConfig, job: Any) -> None:
+    command.greet(cfg, job)
     top, settings = check_settings(cfg)
     against = top["against"]
     other = other_model(against, settings["model"]) if against not in (None, HUMAN) else None
@@ -167,6 +168,7 @@ def _measure(
     from dnpo.judges.agreement import sentence
     from dnpo.running import execute as running
     from dnpo.running.console import Console
+    from dnpo.running.ending import list_places
     from dnpo.stages.agreement import read_agreement
     from dnpo.store import write_json
     from dnpo.store.provenance import commit
@@ -218,7 +220,8 @@ def _measure(
         console.tell(f"The judge {sentence(entry)}.")
     for line in running.describe_mixture(makers):
         console.tell(line)
-    for line in ("", f"results     {folder}", f"stages      {store.root}", *tracking.whereabouts()):
+    pages = tracking.whereabouts() if sweep is None else ()  # a sweep ends with them
+    for line in ("", *list_places({"results": folder, "stages": store.root}, pages)):
         console.place(line)
 
 

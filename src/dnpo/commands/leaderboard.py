@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(cfg: DictConfig, job: Any) -> None:
+    command.greet(cfg, job)
     tree = command.plain(cfg)
     top = check_values("", top_settings, {key: tree[key] for key in COMMON})
     own = check_values("", Leaderboard, {key: tree[key] for key in tree if key not in (*COMMON, *PARTS)})
@@ -42,6 +43,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
 
     from dnpo.policy.model import device_of
     from dnpo.running.console import Console
+    from dnpo.running.ending import list_places
     from dnpo.store.provenance import commit
 
     command.prepare_torch(top["threads"])
@@ -63,9 +65,8 @@ def _run(cfg: DictConfig, job: Any) -> None:
     console.table(table(result))
     for note in result.notes():
         console.tell(f"note: {note}")
-    console.say("")
-    console.place(f"results     {folder}")
-    for line in tracking.whereabouts():
+    pages = tracking.whereabouts() if sweep is None else ()  # a sweep ends with them
+    for line in ("", *list_places({"results": folder}, pages)):
         console.place(line)
 
 

@@ -11,21 +11,20 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from dnpo import __version__
 from dnpo.commands import common as command
 from dnpo.commands.iterations import join, settings_at, value_at
+from dnpo.commands.naming import job_name, run_name
 from dnpo.commands.options import expand_options
 from dnpo.errors import SettingsError
 from dnpo.escape import say
-from dnpo.settings import Natural, check_values, flat, named_within, neutral_names, require, with_contents
+from dnpo.settings import Natural, check_values, flat, named_within, require, with_contents
 from dnpo.settings import build as build_part
 from dnpo.settings import check as check_part
-from dnpo.wording import short_number
 
 if TYPE_CHECKING:
     from dnpo.running.best import KeptPolicy
@@ -222,39 +221,6 @@ def _start(name: str, settings: Any, iterations: int) -> int:
     return iterations - 1 if start == "last" else cast(int, start)
 
 
-def run_name(overrides: Sequence[str]) -> str:
-    """Name a run by its overrides, without those that cannot change results, and with paths cut to their last part."""
-    return " ".join(_words(overrides)) or "defaults"
-
-
-def job_name(sweep: Path, overrides: Sequence[str]) -> str:
-    """Name a job of a sweep by its own settings, to fit the columns of MLflow's pages: ``npo alpha=0.1 seed=2``."""
-    from dnpo.running.sweep import find_varying
-
-    own = [each for each in find_varying(sweep, overrides) if not each.startswith("+sweep=")]
-    words = [word.partition("=") for word in _words(own)]
-    lasts = [setting.rpartition(".")[2] for setting, _, _ in words]
-    shown = []
-    for last, (setting, equals, value) in zip(lasts, words, strict=True):
-        name = last if lasts.count(last) == 1 else setting
-        shown.append(value if setting == "method" else f"{name}{equals}{short_number(value)}")
-    return " ".join(shown) or "defaults"
-
-
-def _words(overrides: Sequence[str]) -> list[str]:
-    from dnpo.stages.plan import RunSettings
-
-    words = []
-    aside = {*neutral_names(RunSettings), "tracking", "launch"} - {"acts_from"}
-    for override in overrides:
-        setting, equals, value = override.partition("=")
-        if setting.lstrip("+").split(".")[0] in aside:
-            continue
-        end = PurePath(value).name if value.startswith(("/", ".", "~")) and "," not in value else value
-        words.append(f"{setting}{equals}{end or value}")
-    return words
-
-
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
@@ -287,11 +253,7 @@ def run_job(cfg: DictConfig, job: Any) -> float | None:
     expand_options(cfg, job, VARYING, STARTING)
     folder, sweep = command.folders(job)
     name = os.path.relpath(sweep or folder)
-    if not (cfg.plan or cfg.check):  # at once, since importing the libraries takes seconds
-        from dnpo.running.sweep import describe_place
-
-        place = "" if sweep is None else f"{describe_place(sweep, job.job.num)}: "
-        say(f"dnpo {__version__}: {place}{run_name(job.overrides.task)}")
+    command.greet(cfg, job)
     run, tracking, settings = build(cfg, name)
     launch: Launch = build_part("launch", settings["launch"])
     launch.check(run)
@@ -357,7 +319,12 @@ def _go(
             summary = running.execute(iterations, store, console, tracking, settings, folder, choice)
     finally:
         store.close(console.say)
-    running.show(console, summary, iterations, folder, store, tracking, settings["wide"])
+    if sweep is None:
+        running.show(console, summary, iterations, folder, store, tracking, settings["wide"])
+    else:
+        from dnpo.running.sweep import name_job
+
+        running.show_job(console, summary, folder, name_job(sweep, job.job.num), settings["wide"])
     row = summary["table"][kept(summary)]
     best = settings["best_by"] or default_metric([row])
     return float(row[best] if catalogue.metric(best).better == "higher" else -row[best])

@@ -337,7 +337,7 @@ def iteration_table(rows: Sequence[dict[str, Any]]) -> ScreenTable:
         heading = column.label[:LONGEST_FAMILY] if column.name in families else column.label
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(str(row["iteration"]), *(_cell(row.get(column.name), column) for column in shown))
+        table.add_row(str(row["iteration"]), *(format_cell(row.get(column.name), column) for column in shown))
     return table
 
 
@@ -369,7 +369,8 @@ def _compact(
         table.add_column(column.label, justify="right", no_wrap=True)
     for number, row in enumerate(rows):
         cells = [
-            _cell(row.get(column.name), column) + _around(column, around.get(column.name), number) for column in shown
+            format_cell(row.get(column.name), column) + _around(column, around.get(column.name), number)
+            for column in shown
         ]
         style = "bold" if number == best else None
         table.add_row(BEST if number == best else "", str(row["iteration"]), *cells, style=style)
@@ -381,7 +382,8 @@ def _around(column: Metric, halves: Sequence[float | None] | None, number: int) 
     return "" if half is None else f" ±{column.format(half)}"
 
 
-def _cell(value: float | None, column: Metric) -> str:
+def format_cell(value: float | None, column: Metric) -> str:
+    """Return a value as the tables show it; – if there is none."""
     if value is None:
         return "–"
     return column.format(value) + "%" * (column.unit == "%")

@@ -1,5 +1,7 @@
 """Show the results of a run: a narrow table with intervals, and sentences about the changes."""
 
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ import numpy as np
 
 from dnpo.catalogue import metric
 from dnpo.running import best as choosing
-from dnpo.running.console import BEST, Console, compact_table
+from dnpo.running.console import BEST, LABEL, Console, compact_table, format_cell
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.prompts import by_prompt, change, loss_by_prompt, mean
 
@@ -113,6 +115,30 @@ def sentences(
     if by is not None:
         said.append(f"{BEST} marks the best {metric(by).label}. All columns: table.md among the results, or wide=true.")
     return said
+
+
+def describe_reached(summary: Mapping[str, Any]) -> str:
+    """Return the measure of a run's first policy and of the one it keeps, such as ``score 22.3 → 30.1``."""
+    rows = summary["table"]
+    by = summary["choice"]["best"]["by"] if "choice" in summary else choosing.default_metric(rows)
+    ends = [row for number, row in enumerate(rows) if number in (0, choosing.kept(summary))]
+    return f"{metric(by).label} {' → '.join(format_cell(row.get(by), metric(by)) for row in ends)}"
+
+
+def list_places(where: Mapping[str, object], pages: Sequence[str], shown: Path | None = None) -> list[str]:
+    """Return the last lines of a command: where its results are, and the commands that show them.
+
+    Args:
+        where: paths by label.
+        pages: lines on where the tracked runs can be viewed; empty if nothing is tracked.
+        shown: the folder of a run or of a sweep; None if no command shows the results.
+    """
+    lines = [f"{label:<{LABEL}}{path}" for label, path in where.items()] + [*pages]
+    if shown is not None:
+        folder = shlex.quote(os.path.relpath(shown))
+        verbs = ["report", "browse"] if pages else ["browse"]  # a report reads what was tracked
+        lines += [f"{'' if number else 'next':<{LABEL}}dnpo {verb} {folder}" for number, verb in enumerate(verbs)]
+    return lines
 
 
 def _read(evaluation: Path, name: str) -> dict[str, float]:

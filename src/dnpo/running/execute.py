@@ -20,7 +20,7 @@ from dnpo.judges.agreement import sentence
 from dnpo.records import mean_over_steps
 from dnpo.running import best, export, notes
 from dnpo.running.console import Console, iteration_table
-from dnpo.running.ending import find_gains, find_halves, show_briefly
+from dnpo.running.ending import describe_reached, find_gains, find_halves, list_places, show_briefly
 from dnpo.running.samples import sample_table
 from dnpo.stages.agreement import read_agreement
 from dnpo.stages.files import count_labels
@@ -456,27 +456,43 @@ def show(
         console.tell(
             "Losses: mean over the last tenth of the steps. log p: summed log-probability under the new policy, nats."
         )
-    if summary["overoptimised"]:
-        console.tell(f"warning: {describe_overoptimisation(summary['overoptimised'], PROGRESS)}")
-    for text in best.sentences(summary):
+    for text in _remarks(summary):
         console.tell(text)
-    if "sources" in summary:
-        console.tell(describe_sources(summary["sources"]))
-    for entry in summary["judge_agreement"]:
-        console.tell(f"The judge {sentence(entry)}.")
-    for line in describe_mixture(summary["made_by"]):
-        console.tell(line)
-    console.say("")
-    console.place(f"results     {folder}")
-    console.place(f"models      {folder / 'models'}")
-    console.place(f"stages      {store.root}")
-    where = tracking.whereabouts()
-    for line in where:
+    where = {"results": folder, "models": folder / "models", "stages": store.root}
+    for line in ("", *list_places(where, tracking.whereabouts(), folder)):
         console.place(line)
-    shown = shlex.quote(os.path.relpath(folder))
-    if where:  # a report reads what was tracked
-        console.place(f"next        dnpo report {shown}")
-    console.place(f"{'' if where else 'next':<12}dnpo browse {shown}")
+
+
+def show_job(console: Console, summary: Mapping[str, Any], folder: Path, job: str, wide: bool) -> None:
+    """Show in a line what a job of a sweep reached; the sweep's end has the tables, the folders and what to do next.
+
+    Args:
+        job: its place in the sweep, such as ``job 1 of 4``.
+        wide: whether to show the job's own table too, with all columns.
+    """
+    if wide:
+        console.say("")
+        console.table(iteration_table(summary["table"]), split=True)
+    for text in _remarks(summary, alone=False):
+        console.tell(text)
+    console.tell(f"{job}: {describe_reached(summary)}, in {shlex.quote(os.path.relpath(folder))}")
+
+
+def _remarks(summary: Mapping[str, Any], alone: bool = True) -> list[str]:
+    """Return sentences on a run's results: warnings, and what its settings ask for.
+
+    Args:
+        alone: whether to include what all jobs of a sweep would repeat.
+    """
+    found = []
+    if summary["overoptimised"]:
+        found.append(f"warning: {describe_overoptimisation(summary['overoptimised'], PROGRESS)}")
+    found += best.sentences(summary)
+    if alone and "sources" in summary:
+        found.append(describe_sources(summary["sources"]))
+    if alone:
+        found += [f"The judge {sentence(entry)}." for entry in summary["judge_agreement"]]
+    return found + describe_mixture(summary["made_by"])
 
 
 def _slug(stage: Stage) -> str:

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,10 +17,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from dnpo import __version__
 from dnpo.catalogue import Metric, metric
 from dnpo.errors import DnpoError
 from dnpo.escape import for_terminal, say
-from dnpo.wording import duration
+from dnpo.wording import duration, plural
 
 if TYPE_CHECKING:
     from dnpo.report.comparison import Items, MeasureComparison
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ERROR, PLAN, PICTURE, RESPONSE, TRAIN = "error.txt", "plan.json", "comparison.png", "response.png", "train"
 COMPARISON, NUMBERS = "comparison.md", "sweep.json"
+SETTINGS = "multirun.yaml"  # Hydra's, in a sweep's folder
 SILENT = "it ended with neither a result nor an error; its process was probably killed"
 # not attributes of the callback, since Hydra sends the callback to other processes
 _HELD: list[FileLock] = []
@@ -82,30 +83,45 @@ def describe_place(sweep: Path, number: int) -> str:
     Args:
         number: the job's number, from 0.
     """
-    try:
-        settings = yaml.safe_load((sweep / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]
-        started = (sweep / "multirun.yaml").stat().st_mtime
-        total = _count_jobs(settings)
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
-        total = None
-    if total is None:
-        return f"job {number + 1}"
+    total = _read_total(sweep)
     done = sum((job / "summary.json").is_file() for job in sweep.iterdir() if job.is_dir())
-    left = (time.time() - started) / done * (total - done) if done else None
-    return f"job {number + 1} of {total}" + ("" if left is None else f", about {duration(left)} left")
+    if total is None or not done:
+        return _name(number, total)
+    left = (time.time() - (sweep / SETTINGS).stat().st_mtime) / done * (total - done)
+    return f"{_name(number, total)}, about {duration(left)} left"
+
+
+def name_job(sweep: Path, number: int) -> str:
+    """Say which job of a sweep this is, and of how many if that is known.
+
+    Args:
+        number: the job's number, from 0.
+    """
+    return _name(number, _read_total(sweep))
+
+
+def _name(number: int, total: int | None) -> str:
+    return f"job {number + 1}" + ("" if total is None else f" of {total}")
 
 
 def find_varying(sweep: Path, overrides: Sequence[str]) -> list[str]:
     """Return a job's seed, and those of its overrides that the sweep's command does not give to all jobs."""
     try:
-        given = yaml.safe_load((sweep / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]["task"]
+        given = yaml.safe_load((sweep / SETTINGS).read_text(encoding="utf-8"))["hydra"]["overrides"]["task"]
     except (OSError, KeyError, TypeError, yaml.YAMLError):
         return list(overrides)
     return [each for each in overrides if each not in given or each.startswith("seed=")] or list(overrides)
 
 
+def _read_total(sweep: Path) -> int | None:
+    try:
+        return _count_jobs(yaml.safe_load((sweep / SETTINGS).read_text(encoding="utf-8"))["hydra"])
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        return None
+
+
 def _count_jobs(settings: Mapping[str, Any]) -> int | None:
-    """The number of combinations, from Hydra's own settings; None if the sweeper is not the one that tries them all."""
+    """The number of combinations, from Hydra's own settings; None if the sweeper does not try them all."""
     sweeper = settings["sweeper"]
     if not str(sweeper["_target_"]).endswith(".BasicSweeper"):
         return None
@@ -113,21 +129,27 @@ def _count_jobs(settings: Mapping[str, Any]) -> int | None:
     named = {each.partition("=")[0] for each in given}
     given += [f"{name}={value}" for name, value in (sweeper.get("params") or {}).items() if name not in named]
     overrides = OverridesParser.create().parse_overrides(given)
+    if any(each.is_sweep_override() and not each.is_discrete_sweep() for each in overrides):
+        return None  # Hydra refuses it
     return math.prod(len(list(each.sweep_iterator())) if each.is_sweep_override() else 1 for each in overrides)
 
 
 class SweepReport(Callback):
-    """Reports on a multirun at its end.
+    """Reports on a multirun at its start and at its end.
 
-    It shows the table and the failures, tracks the comparison with the sweep's parent run in MLflow, and exits with
-    status 1 if a job failed.
+    At the end it shows the table and the failures, tracks the comparison with the sweep's parent run in MLflow, and
+    exits with status 1 if a job failed.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Take the lock that shows that the sweep is running."""
-        from dnpo.tracking.writing import HELD
-
+        """Announce the sweep, and take the lock that shows that it is running."""
         sweep = Path(config.hydra.sweep.dir)
+        total = _count_jobs(config.hydra)
+        jobs = "" if total is None else f" of {plural(total, 'job')}"
+        where = "" if config.get("plan") or config.get("check") else f", in {os.path.relpath(sweep)}"
+        say(f"dnpo {__version__}: a sweep{jobs}{where}")
+        from dnpo.tracking.writing import HELD  # takes a while to import
+
         sweep.mkdir(parents=True, exist_ok=True)
         _HELD.append(FileLock(sweep / HELD))
         _HELD[-1].acquire()
@@ -149,9 +171,11 @@ class SweepReport(Callback):
         for job, message in failed.items():
             shown = for_terminal(f"({' '.join(_overrides(sweep / job))}): {message}")
             say(f"job {job} failed {shown}", error=True)
-        untracked = _track(config, sweep, jobs, failed)
+        untracked, pages = _track(config, sweep, jobs, failed)
         if numbers and not (sweep / COMPARISON).is_file():
-            _show_spread(numbers, sweep)
+            _show_spread(numbers)
+        if rows if config.hydra.job.config_name == TRAIN else len(failed) < len(jobs):
+            _show_places(sweep, [summary["settings"]["store"] for _, summary in rows], pages)
         if untracked:
             say(f"error: the comparison of the sweep could not be tracked: {untracked}", error=True)
         while _HELD:
@@ -183,7 +207,7 @@ def _gather(sweep: Path, jobs: Sequence[tuple[list[str], dict[str, Any]]]) -> li
     return found
 
 
-def _show_spread(numbers: Sequence[Mapping[str, Any]], sweep: Path) -> None:
+def _show_spread(numbers: Sequence[Mapping[str, Any]]) -> None:
     """Show means and standard deviations over seeds, if the comparison with intervals is missing."""
     from dnpo.running.console import Console
     from dnpo.screen import ScreenTable
@@ -205,8 +229,6 @@ def _show_spread(numbers: Sequence[Mapping[str, Any]], sweep: Path) -> None:
             view.add_row(different, str(max(map(len, values))), *(_format(shown, some) for some in values))
         console.say(f"\n{shown.axis}: mean ± standard deviation over seeds")
         console.table(view)
-    console.say("")
-    console.place(f"numbers     {sweep / NUMBERS}")
 
 
 def _format(shown: Metric, values: Sequence[float]) -> str:
@@ -218,8 +240,8 @@ def _format(shown: Metric, values: Sequence[float]) -> str:
     return shown.format(statistics.fmean(values) / shown.scale) + spread
 
 
-def _show_comparison(compared: "Sequence[MeasureComparison]", sweep: Path) -> None:
-    """Show the means and the paired differences with their intervals, and what to do next."""
+def _show_comparison(compared: "Sequence[MeasureComparison]") -> None:
+    """Show the means and the paired differences with their intervals."""
     from dnpo.running.console import Console
     from dnpo.screen import ScreenTable
 
@@ -237,18 +259,35 @@ def _show_comparison(compared: "Sequence[MeasureComparison]", sweep: Path) -> No
             console.table(view)
         for text in (parts[-1][1].caption, *one.notes):
             console.tell(text)
-    folder = shlex.quote(os.path.relpath(sweep))
-    console.say("")
-    console.place(f"numbers     {sweep / NUMBERS}")
-    console.place(f"comparison  {sweep / COMPARISON}")
-    console.place(f"next        dnpo report {folder}")
-    console.place(f"            dnpo browse {folder}")
 
 
-def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mapping[str, str]) -> str:
-    """Track the comparison with the sweep's parent run and end that run; return an error message, "" for success.
+def _show_places(sweep: Path, stores: Sequence[str], pages: Sequence[str]) -> None:
+    """Show where the results of all jobs are, and what to do next.
+
+    Args:
+        stores: the store of each run; no command shows the results of jobs that are not runs.
+        pages: lines on where the tracked runs can be viewed.
+    """
+    from dnpo.running.console import Console
+    from dnpo.running.ending import list_places
+
+    files = {"numbers": sweep / NUMBERS, "comparison": sweep / COMPARISON}
+    where: dict[str, object] = {"results": sweep, **{label: file for label, file in files.items() if file.is_file()}}
+    where |= {"stages": ", ".join(dict.fromkeys(stores))} if stores else {}
+    console = Console()
+    for line in ("", *list_places(where, pages, sweep if stores else None)):
+        console.place(line)
+
+
+def _track(
+    config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mapping[str, str]
+) -> tuple[str, Sequence[str]]:
+    """Track the comparison with the sweep's parent run and end that run.
 
     If no job was tracked, there is no parent run, so nothing is done.
+
+    Returns:
+        An error message, "" for success; and lines on where the tracked runs can be viewed.
     """
     from omegaconf import OmegaConf
 
@@ -257,24 +296,26 @@ def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mappin
 
     own = sweep / PARENT_ID
     if not own.is_file():
-        return ""
+        return "", ()
+    pages: Sequence[str] = ()
     silent = {job.name: SILENT for job in jobs if not any((job / left).is_file() for left in ("summary.json", ERROR))}
     try:
         settings = cast(dict[str, Any], OmegaConf.to_container(config.tracking, resolve=True))
         tracking: MLflowTracking = build("tracking", settings).open()
         tracking.resume(own.read_text(), sweep)
+        pages = tracking.whereabouts()
         if config.hydra.job.config_name != TRAIN:  # other commands have no iterations to compare
             tracking.tags({"dnpo.jobs": str(len(jobs)), "dnpo.failed": str(len(failed))})
-            return tracking.finish("FAILED" if failed else "FINISHED")
+            return tracking.finish("FAILED" if failed else "FINISHED"), pages
         status: Status = "FAILED"
         try:
             _compare(tracking, sweep, [job.name for job in jobs], {**failed, **silent})
             status = "FAILED" if failed or silent else "FINISHED"
         finally:
             left = tracking.finish(status)
-        return left
+        return left, pages
     except Exception as error:  # drivers of databases raise many types of errors; the jobs' results remain valid
-        return str(error) if isinstance(error, DnpoError) else f"{type(error).__name__}: {error}"
+        return str(error) if isinstance(error, DnpoError) else f"{type(error).__name__}: {error}", pages
 
 
 def _compare(tracking: "MLflowTracking", sweep: Path, jobs: Sequence[str], failed: Mapping[str, str]) -> None:
@@ -315,7 +356,7 @@ def _compare(tracking: "MLflowTracking", sweep: Path, jobs: Sequence[str], faile
     state = "incomplete" if failed else "complete"
     tracking.tags({"dnpo.jobs": str(len(jobs)), "dnpo.failed": str(len(failed)), "dnpo.state": state})
     if compared:
-        _show_comparison(compared, sweep)
+        _show_comparison(compared)
 
 
 def summarise(groups: "Groups", compared: "Sequence[MeasureComparison]") -> dict[int, dict[str, float]]:
