@@ -30,17 +30,16 @@ from typing import Any
 
 from analysis import claims_tables as tables
 from analysis.claims_assess import Result, Tracked, assess
-from analysis.claims_book import FILE, Book, Claim, Sweep, read
+from analysis.claims_book import Book, Claim, Sweep, read
 from analysis.claims_earlier import NONE, Earlier, SweepRead
 from analysis.claims_earlier import read as read_earlier
+from analysis.claims_options import choose_seeds, execute, make_parser, pair_tags
 from analysis.claims_registered import Registration
 from analysis.claims_rules import CHECKED, OUTCOMES
 from analysis.claims_runs import describe_work, to_csv
 from analysis.keeping import log as keep
-from dnpo.commands.grammar import Parser, parse, program
-from dnpo.errors import DnpoError, SettingsError, TrackingError
+from dnpo.errors import SettingsError, TrackingError
 from dnpo.escape import say, tell
-from dnpo.tracking.client import default_uri
 from dnpo.tracking.reading import KIND, Database
 from dnpo.wording import plural
 
@@ -52,36 +51,15 @@ LAUNCHER = "hydra_plugins.hydra_joblib_launcher"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    options = parse(parser(), arguments)
-    try:
-        return _go(options)
-    except DnpoError as error:
-        tell(f"error: {error}", error=True)
-        return 1
-    except KeyboardInterrupt:
-        tell("\nInterrupted. Finished stages are kept: run the same command again.")
-        return 130
+    return execute(parser(), _go, arguments, "Finished stages are kept: run the same command again.")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = Parser(prog=program("analysis.claims", "claims"), description="The papers' claims, measured here.")
-    options.add_argument(
-        "--uri",
-        default=default_uri(),
-        help="MLflow tracking store (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)",
-    )
-    options.add_argument("--experiment", default="dnpo", help="its experiment (%(default)s)")
-    options.add_argument("--claims", type=Path, default=FILE, metavar="FILE", help="the file of claims")
-    options.add_argument("--out", type=Path, default=Path("claims"), metavar="FOLDER", help="results (%(default)s)")
-    options.add_argument(
-        "--seeds", help="such as 5,6,7 (default: those of the file; exploratory: all that are tracked)"
-    )
+    seeds = "such as 5,6,7 (default: those of the file; exploratory: all that are tracked)"
+    options = make_parser("analysis.claims", "claims", "The papers' claims, measured here.", seeds)
     options.add_argument(
         "--exploratory", action="store_true", help="take runs older than the claims and other seeds too, and mark them"
-    )
-    options.add_argument(
-        "--tag", action="append", default=[], metavar="NAME=VALUE", help="a tag or setting that runs must have"
     )
     options.add_argument(
         "--measured",
@@ -190,26 +168,6 @@ class Page:
         self.path.write_text(f"{self.before}{first}\n\n{tables}\n{last}{self.after}", encoding="utf-8")
 
 
-def choose_seeds(book: Book, options: argparse.Namespace) -> list[int] | None:
-    """The seeds to use: the requested ones, or else the file's; None: all, in an exploratory table.
-
-    Raises:
-        SettingsError: they are not numbers, or the file does not fix them and the table is not exploratory.
-    """
-    text = options.seeds or ""
-    if not text:
-        return None if options.exploratory else list(book.seeds)
-    if not all(part.strip().isdigit() for part in text.split(",")):
-        raise SettingsError(f"seeds={text}: expected whole numbers with commas, such as 5,6,7")
-    seeds = sorted({int(part) for part in text.split(",")})
-    if not options.exploratory and (others := set(seeds) - set(book.seeds)):
-        raise SettingsError(
-            f"seeds={text}: {book.path.name} fixes seeds {tables.ranges(book.seeds)}, without "
-            f"{tables.ranges(sorted(others))}; exploratory=true takes any, and marks the results"
-        )
-    return seeds
-
-
 def _registered(book: Book, registration: Registration, exploratory: bool) -> str:
     """Which runs test which claims, in a sentence."""
     if exploratory:
@@ -217,18 +175,6 @@ def _registered(book: Book, registration: Registration, exploratory: bool) -> st
     return (
         f"Claims: {registration.text}; only runs made after this commit are used, of seeds {tables.ranges(book.seeds)}."
     )
-
-
-def pair_tags(given: Sequence[str]) -> dict[str, str]:
-    """Names and values of the tags that runs must have.
-
-    Raises:
-        SettingsError: one has no value.
-    """
-    for pair in given:
-        if "=" not in pair:
-            raise SettingsError(f"tag={pair}: expected NAME=VALUE, such as data.train=4800")
-    return dict(pair.split("=", 1) for pair in given)
 
 
 def describe_sweeps(results: Sequence[Result], tracked: Tracked, earlier: Earlier) -> dict[str, SweepRead]:

@@ -15,18 +15,15 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from analysis.claims import choose_seeds, pair_tags
 from analysis.claims_assess import Result, Tracked, assess
-from analysis.claims_book import FILE, Book, Claim, read
+from analysis.claims_book import Book, Claim, read
+from analysis.claims_options import choose_seeds, execute, make_parser, pair_tags
 from analysis.claims_rules import POWER, strictest
 from analysis.claims_tables import number, ranges, remarks_by_text
-from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import for_csv, for_markdown, say, tell
 from dnpo.stats.intervals import Components, Mean
-from dnpo.tracking.client import default_uri
 from dnpo.tracking.reading import Database
 from dnpo.wording import duration, plural
 
@@ -81,28 +78,14 @@ class Plan:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    options = parse(parser(), arguments)
-    try:
-        return _go(options)
-    except DnpoError as error:
-        tell(f"error: {error}", error=True)
-        return 1
+    return execute(parser(), _go, arguments)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = Parser(
-        prog=program("analysis.claims_plan", "claims plan"), description="What the seeds of the claims can find."
-    )
-    options.add_argument("--uri", default=default_uri(), help="MLflow tracking store with the pilot")
-    options.add_argument("--experiment", default="dnpo", help="its experiment (%(default)s)")
-    options.add_argument("--claims", type=Path, default=FILE, metavar="FILE", help="the file of claims")
-    options.add_argument("--out", type=Path, default=Path("claims"), metavar="FOLDER", help="results (%(default)s)")
-    options.add_argument("--seeds", help="seeds of the pilot, such as 0,1,2 (default: all that are tracked)")
+    seeds = "seeds of the pilot, such as 0,1,2 (default: all that are tracked)"
+    options = make_parser("analysis.claims_plan", "claims plan", "What the seeds of the claims can find.", seeds)
     options.add_argument("--effect", type=float, help="the effect to find, in each claim's unit (default: its sesoi)")
-    options.add_argument(
-        "--tag", action="append", default=[], metavar="NAME=VALUE", help="a tag or setting that runs must have"
-    )
     options.set_defaults(exploratory=True)  # a pilot is exploratory
     return options
 
