@@ -13,6 +13,7 @@ from scipy import stats
 from dnpo.errors import DataError
 from dnpo.stats.intervals import (
     Array,
+    Components,
     Estimate,
     Mean,
     Unvaried,
@@ -229,6 +230,15 @@ def test_a_negative_variance_is_random_error() -> None:
     assert (one.seeds, one.items, one.rest) == (pytest.approx(7 / 3), 0.0, 0.0)
     assert one.mean(12, 1).error == pytest.approx(math.sqrt(7 / 3 / 12))
     assert one.mean(12, 1).df == 11
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (3, 40)])
+def test_rounding_errors_are_no_variance(shape: tuple[int, int]) -> None:
+    """Equal numbers that were computed in different ways; a plan would call any effect detectable otherwise."""
+    x = np.full(shape, 0.6)
+    x[::2] = 0.1 * 3 + 0.3
+    assert np.ptp(x) > 0
+    assert estimate_components(x) == Components(0.0, 0.0, 0.0)
 
 
 SCENARIOS = [(0.4, 1.0, 1.0), (0.0, 1.0, 1.0), (0.0, 0.0, 1.0), (0.05, 0.3, 1.0), (1.0, 0.0, 1.0), (0.03, 0.1, 0.4)]

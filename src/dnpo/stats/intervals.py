@@ -199,10 +199,8 @@ def estimate_mean(x_SI: Array) -> Mean | None:
     if seeds == 1:
         return Mean(value, math.sqrt(by_item), items - 1)
     by_seed = _variance_of_mean(x_SI.mean(1))
-    residuals_SI = x_SI - x_SI.mean(0) - x_SI.mean(1, keepdims=True) + value
-    scale = TOLERANCE * float(np.abs(x_SI).max())
-    squares = float((residuals_SI**2).sum()) if float(np.abs(residuals_SI).max()) > scale else 0.0
-    return _crossed(value, by_seed, by_item, squares / ((seeds - 1) * (items - 1) * seeds * items), seeds, items)
+    rest = _squares_of_residuals(x_SI) / ((seeds - 1) * (items - 1) * seeds * items)
+    return _crossed(value, by_seed, by_item, rest, seeds, items)
 
 
 def estimate_components(x_SI: Array) -> Components:
@@ -212,11 +210,9 @@ def estimate_components(x_SI: Array) -> Components:
     """
     seeds, items = x_SI.shape
     if items == 1:
-        return Components(float(x_SI.var(ddof=1)), 0.0, 0.0)
-    value = x_SI.mean()
-    residuals_SI = x_SI - x_SI.mean(0) - x_SI.mean(1, keepdims=True) + value
-    rest = float((residuals_SI**2).sum()) / ((seeds - 1) * (items - 1))
-    by_seed, by_item = float(x_SI.mean(1).var(ddof=1)), float(x_SI.mean(0).var(ddof=1))
+        return Components(_variance(x_SI[:, 0]), 0.0, 0.0)
+    rest = _squares_of_residuals(x_SI) / ((seeds - 1) * (items - 1))
+    by_seed, by_item = _variance(x_SI.mean(1)), _variance(x_SI.mean(0))
     return Components(max(by_seed - rest / items, 0.0), max(by_item - rest / seeds, 0.0), rest)
 
 
@@ -268,8 +264,19 @@ def still(x: Array) -> bool:
     return bool(np.ptp(x) <= TOLERANCE * np.abs(x).max())
 
 
+def _variance(x: Array) -> float:
+    return 0.0 if still(x) else float(x.var(ddof=1))
+
+
 def _variance_of_mean(x: Array) -> float:
-    return 0.0 if still(x) else float(x.var(ddof=1)) / len(x)
+    return _variance(x) / len(x)
+
+
+def _squares_of_residuals(x_SI: Array) -> float:
+    """The sum of squares of what is neither the seed's nor the item's effect; 0 if these are rounding errors."""
+    residuals_SI = x_SI - x_SI.mean(0) - x_SI.mean(1, keepdims=True) + x_SI.mean()
+    scale = TOLERANCE * float(np.abs(x_SI).max())
+    return float((residuals_SI**2).sum()) if float(np.abs(residuals_SI).max()) > scale else 0.0
 
 
 def bootstrap(x_XSI: Array, seed: int, resamples: int = RESAMPLES) -> Array:
