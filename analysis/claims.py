@@ -5,6 +5,7 @@
     python -m analysis.claims exploratory=true seeds=0,1,2,3,4    # also runs older than the claims, marked
     python -m analysis.claims uri=sqlite:///elsewhere.db tag=data.train=4800
     python -m analysis.claims measured=claims/claims.json run=true      # runs only what that table lacks
+    python -m analysis.claims forecast=claims                     # the planner's forecast beside what was reached
     python -m analysis.claims_plan                                # how many seeds and prompts the claims need
 
 Claims are tested only on the seeds that their file fixes and on runs made after the commit of that file.
@@ -15,7 +16,7 @@ also logged with the sweeps that were read. The exit status is 1 if no claim cou
 
 ``claims_book.py`` explains the file of claims, ``claims_rules.py`` the decision rule, and ``claims_registered.py`` says
 which runs test the claims. ``claims_measures.py`` has the measures, ``claims_assess.py`` computes them from runs, and
-``claims_earlier.py`` takes them over from an earlier table.
+``claims_earlier.py`` takes them over from an earlier table. ``claims_forecast.py`` compares them with the plan.
 """
 
 import argparse
@@ -23,11 +24,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from analysis import claims_forecast as forecast
+from analysis import claims_page as page
 from analysis import claims_tables as tables
 from analysis.claims_assess import Result, Tracked, assess
 from analysis.claims_book import Book, Claim, Sweep, read
@@ -44,7 +46,7 @@ from dnpo.tracking.reading import KIND, Database
 from dnpo.wording import plural
 
 BRIEF = "claims-brief.md"
-MARKS = "<!-- claims -->", "<!-- end of claims -->"  # around the tables in a page
+CLAIMS, FORECAST = "claims", "forecast"  # blocks of a page
 SHOWN = ("scale", "data", "model", "judge")  # options of the runs that the caption gives
 LAUNCHER = "hydra_plugins.hydra_joblib_launcher"
 
@@ -68,10 +70,16 @@ def parser() -> argparse.ArgumentParser:
         help="claims.json of an earlier table: claims whose runs are not tracked here are taken from it",
     )
     options.add_argument(
+        "--forecast",
+        type=Path,
+        metavar="FOLDER",
+        help="what dnpo claims plan wrote, the folder or its plan.csv: compare its forecast with what was reached",
+    )
+    options.add_argument(
         "--page",
         type=Path,
         metavar="FILE",
-        help="a Markdown file: its part between the marks for claims becomes the tables",
+        help="a Markdown file: its part between the marks for claims becomes the tables, likewise for the forecast",
     )
     options.add_argument("--run", action="store_true", help="first run the sweeps that are missing")
     options.add_argument("--jobs", type=int, default=2, help="parallel jobs of a sweep (%(default)s)")
@@ -96,8 +104,10 @@ def _go(options: argparse.Namespace) -> int:
             "takes all runs, and marks the results"
         )
     where = pair_tags(options.tag)
-    page = None if options.page is None else Page.read(options.page)
     required = None if options.exploratory else registration
+    forecasts = None if options.forecast is None else forecast.read(options.forecast, book, required)
+    if options.page is not None:
+        page.expect(options.page, [CLAIMS] + [FORECAST] * (forecasts is not None))
     earlier = read_earlier(options.measured, book, required) if options.measured else NONE
     failed: list[str] = []
     clock = time.monotonic()
@@ -120,8 +130,15 @@ def _go(options: argparse.Namespace) -> int:
     about = f"{_registered(book, registration, options.exploratory)} {_about(book, sweeps)}"
     files = write(results, {"about": about, "registered": registration.commit, "sweeps": sweeps}, options.out)
     files += write_runs(book, tracked, options.out)
-    if page is not None:
-        page.write((options.out / BRIEF).read_text(encoding="utf-8"))
+    blocks = {CLAIMS: tables.brief(results, about)}
+    if forecasts is not None:
+        rows = forecast.join(forecasts, results)
+        blocks[FORECAST] = forecast.markdown(rows, forecast.describe(forecasts, rows, results))
+        files += _write(options.out, {"forecast.md": blocks[FORECAST], "forecast.csv": forecast.to_csv(rows)})
+    if options.page is not None:
+        page.write(options.page, blocks)
+        if forecasts is None and page.content(options.page, FORECAST):
+            tell(f"page={options.page}: its forecast is left as it was; forecast=… makes it again")
     for place, result in enumerate(results, 1):
         effect = "" if result.effect is None else tables.format_effect(result)
         print(f"{place:3} {result.claim.role:9} {result.outcome:15} {result.claim.id:34} {effect}")
@@ -129,6 +146,8 @@ def _go(options: argparse.Namespace) -> int:
         if "not measured" in remark:
             tell(remark)
     tell(f"\n{tables.caption(results, about)[0]}")
+    if forecasts is not None:
+        tell(f"Forecast: {forecast.conclude(rows)}")
     say(f"results     {options.out}")
     if database is not None and not options.no_log:
         log(database, results, files)
@@ -136,36 +155,6 @@ def _go(options: argparse.Namespace) -> int:
     if not measured:
         tell("error: no claim could be measured", error=True)
     return int(bool(failed) or not measured)
-
-
-@dataclass(frozen=True)
-class Page:
-    """A Markdown page with a place for the tables, between ``MARKS``."""
-
-    path: Path
-    before: str
-    after: str
-
-    @classmethod
-    def read(cls, path: Path) -> "Page":
-        """Read a page.
-
-        Raises:
-            SettingsError: it cannot be read, or does not have both marks.
-        """
-        try:
-            before, first, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"page={path}: cannot be read ({error})") from error
-        _, last, after = rest.partition(MARKS[1])
-        if not (first and last):
-            raise SettingsError(f"page={path}: expected a line {MARKS[0]} and, below it, {MARKS[1]}")
-        return cls(path, before, after)
-
-    def write(self, tables: str) -> None:
-        """Write the page with these tables."""
-        first, last = MARKS
-        self.path.write_text(f"{self.before}{first}\n\n{tables}\n{last}{self.after}", encoding="utf-8")
 
 
 def _registered(book: Book, registration: Registration, exploratory: bool) -> str:

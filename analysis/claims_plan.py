@@ -18,7 +18,9 @@ from dataclasses import dataclass
 
 from analysis.claims_assess import Result, Tracked, assess
 from analysis.claims_book import Book, Claim, read
+from analysis.claims_forecast import PLAN
 from analysis.claims_options import choose_seeds, execute, make_parser, pair_tags
+from analysis.claims_registered import Registration
 from analysis.claims_rules import POWER, strictest
 from analysis.claims_tables import number, ranges, remarks_by_text
 from dnpo.errors import DnpoError, SettingsError
@@ -103,7 +105,9 @@ def _go(options: argparse.Namespace) -> int:
     about = describe(book, plans, results)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "plan.md").write_text(markdown(plans, [*about, *reasons]), encoding="utf-8")
-    (options.out / "plan.csv").write_text(to_csv(plans), encoding="utf-8")
+    registration = Registration.of(book.path)
+    registered = "" if registration.problem else registration.commit
+    (options.out / PLAN).write_text(to_csv(plans, registered, pilot_seeds(results)), encoding="utf-8")
     for plan in plans:
         tell(sentence(plan))
     tell("\n" + "\n".join([*reasons, *about]))
@@ -168,7 +172,7 @@ def describe(book: Book, plans: Sequence[Plan], results: Sequence[Result]) -> li
     """Sentences on the meaning of the numbers, and on how exactly the pilot determines them."""
     from scipy.stats import chi2
 
-    pilot = sorted({seed for result in results for seed in _seeds(result)})
+    pilot = pilot_seeds(results)
     runs = {run.id: run for result in results for run in result.runs}
     seconds = sum(run.seconds or 0.0 for run in runs.values()) / len(pilot)
     low, high = ((len(pilot) - 1) / chi2.ppf(share, len(pilot) - 1) for share in (0.975, 0.025))
@@ -232,21 +236,33 @@ def markdown(plans: Sequence[Plan], about: Sequence[str]) -> str:
     return "\n\n".join([table, *map(for_markdown, about)]) + "\n"
 
 
-def to_csv(plans: Sequence[Plan]) -> str:
-    """One line for each claim, with exact numbers."""
+def to_csv(plans: Sequence[Plan], registered: str, pilot: Sequence[int]) -> str:
+    """One line for each claim, with exact numbers.
+
+    Args:
+        registered: the commit that registers the claims; "" if there is none.
+        pilot: the seeds of the pilot.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     variances = ("variance_seeds", "variance_prompts", "variance_rest")
     powers = ("detectable", "effect", "power", "power_negligible", "seeds_needed", "prompts_needed")
-    writer.writerow(["id", "role", "unit", "level", "seeds", "prompts", *variances, *powers, "seconds_per_seed"])
+    origin = ("seconds_per_seed", "registered", "pilot")
+    writer.writerow(["id", "role", "unit", "level", "seeds", "prompts", *variances, *powers, *origin])
     for each in plans:
         parts = each.components
         numbers = (each.level, each.seeds, each.prompts, parts.seeds, parts.items, parts.rest, each.detectable)
         needed = (each.effect, each.power, each.power_negligible, each.seeds_needed, each.prompts_needed, each.seconds)
         writer.writerow(
-            [for_csv(text) for text in (each.claim.id, each.claim.role, each.claim.unit)] + [*numbers, *needed]
+            [for_csv(text) for text in (each.claim.id, each.claim.role, each.claim.unit)]
+            + [*numbers, *needed, registered, " ".join(map(str, pilot))]
         )
     return out.getvalue()
+
+
+def pilot_seeds(results: Sequence[Result]) -> list[int]:
+    """The seeds of all runs that the results are from."""
+    return sorted({seed for result in results for seed in _seeds(result)})
 
 
 def _seeds(result: Result) -> list[int]:

@@ -122,7 +122,7 @@ def _line(result: Result) -> tuple[str, ...]:
         _format_ps(result.p_negligible, result.p_negligible_adjusted),
         size,
         detectable,
-        result.outcome + (" (exploratory)" if result.exploratory else ""),
+        format_outcome(result),
     )
 
 
@@ -130,12 +130,23 @@ def _format_ps(p: float | None, adjusted: float | None) -> str:
     return "" if p is None or adjusted is None else f"{p_text(p)} ({p_text(adjusted)})"
 
 
-def format_effect(result: Result) -> str:
-    """The effect with its interval and unit; differences have a sign."""
+def format_effect(result: Result, unit: bool = True) -> str:
+    """The effect with its interval and, if asked for, its unit; differences have a sign."""
     if result.effect is None:
         return ""
-    signed = bool(result.claim.b)
-    return f"{interval(result.effect.estimate, result.claim.digits, signed)} {result.claim.unit}"
+    text = interval(result.effect.estimate, result.claim.digits, signed=bool(result.claim.b))
+    return f"{text} {result.claim.unit}" if unit else text
+
+
+def format_half(result: Result) -> str:
+    """Half of the width of the effect's interval; "" if there is none."""
+    half = None if result.effect is None else result.effect.estimate.half
+    return "" if half is None else number(half, result.claim.digits)
+
+
+def format_outcome(result: Result) -> str:
+    """The outcome, marked if it is exploratory."""
+    return result.outcome + (" (exploratory)" if result.exploratory else "")
 
 
 def format_claim(claim: Claim) -> str:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from analysis import claims, claims_measures, claims_tables
+from analysis import claims, claims_measures, claims_page, claims_tables
 from analysis.claims_assess import Tracked, in_force, list_needed_policies
 from analysis.claims_book import FILE, Sweep, Term, read, terms
 from analysis.claims_earlier import read as read_earlier
@@ -895,11 +895,12 @@ def test_policies_of_runs_are_kept_as_rows(tmp_path: Path, database: str) -> Non
 
 def test_tables_replace_what_a_page_has_between_the_marks(tmp_path: Path, database: str) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"# Results\n\n{claims.MARKS[0]}\nold\n{claims.MARKS[1]}\n\n## After\n")
+    first, last = claims_page.marks("claims")
+    page.write_text(f"# Results\n\n{first}\nold\n{last}\n\n## After\n")
     outcomes(tmp_path, database, {}, arguments=("--page", str(page)))
     brief = (tmp_path / "out" / claims.BRIEF).read_text()
-    assert page.read_text() == f"# Results\n\n{claims.MARKS[0]}\n\n{brief}\n{claims.MARKS[1]}\n\n## After\n"
-    for wrong in (f"{claims.MARKS[0]}\n", f"{claims.MARKS[1]} {claims.MARKS[0]}"):
+    assert page.read_text() == f"# Results\n\n{first}\n\n{brief}\n{last}\n\n## After\n"
+    for wrong in (f"{first}\n", f"{last} {first}"):
         page.write_text(wrong)
         outcomes(tmp_path, database, {}, status=1, arguments=("--page", str(page)))
         assert page.read_text() == wrong
