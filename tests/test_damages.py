@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import resource
 import shutil
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dnpo import __version__
 from dnpo.errors import DiskError, SettingsError, StoreError
 from dnpo.optimise.training import CHECKPOINT, _find_checkpoint
 from dnpo.policy.base import describe_saved, read_saved
@@ -327,11 +329,17 @@ def test_remove_takes_what_no_tracked_run_needs_and_asks_first(
     kept = {path.name for path in (finished / "store").glob("[!.]*/*")}
     succeed(finished, *SMOKE, "method=spin", "iterations=1", "seed=3")
     more = {path.name for path in (finished / "store").glob("[!.]*/*")} - kept
-    status, text = command("list")
+    status, text = command("list", "wide=true")
     assert status == 0
     assert all(text.count(key) == 1 for key in kept | more)
     assert text.count("no run") == len(more)
-    assert f"torch {torch.__version__}" in text
+    assert text.count(f"torch {torch.__version__}") == len(kept | more)
+    status, text = command("list")
+    lines = {line.split()[0].partition("/")[2]: line for line in text.splitlines() if "/" in line.split(" ")[0]}
+    assert lines.keys() == kept | more
+    assert {key for key, line in lines.items() if re.search(r" 0  \d+ ", line)} == more
+    assert max(map(len, lines.values())) <= 80, "nothing is cut on a narrow terminal"
+    assert f"\nby 1: dnpo {__version__}, " in text
     for answer in (("remove",), ("remove", "--apply")):  # the first only shows; the second asks, and nobody answers
         monkeypatch.setattr("sys.stdin", io.StringIO())
         status, text = command(*answer)

@@ -459,6 +459,22 @@ def test_without_tracking_a_sweep_ends_with_means_and_standard_deviations(
     assert _gather(tmp_path, []) == []
 
 
+def test_a_wide_table_without_a_title_is_split_into_parts_without_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = ScreenTable()
+    for heading in ("stage", "needed by", "by"):
+        table.add_column(heading, no_wrap=True)
+    table.add_row("sft/0123", "r" * 60, "m" * 60)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    Console(width=80).table(table, split=True)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    assert [line.split() for line in lines] == [
+        *(["stage", "needed", "by"], ["sft/0123", "r" * 60]),
+        *(["stage", "by"], ["sft/0123", "m" * 60]),
+    ]
+
+
 def test_a_long_list_is_cut_at_the_width_of_the_terminal_only(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

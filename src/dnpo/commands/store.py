@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--uri", action="append", help=f"where runs were tracked; can be given again (default: {uri})"
         )
+    listing.add_argument("--wide", action="store_true", help="name the runs and what made each stage in the table")
     removing.add_argument("--apply", action="store_true", help="remove, after asking")
     removing.add_argument("--yes", action="store_true", help="remove without a question")
     removing.add_argument("--needed", action="store_true", help="remove named stages even if runs need them")
@@ -86,7 +87,7 @@ def show(given: argparse.Namespace) -> int:
     """Print all stages."""
     if given.remote:
         entries = inventory.read_remote(Remote(given.remote), [], digests=False)
-        _print(entries, {})
+        _print(entries, {}, given.wide)
         say(f"{_count(entries)}, {_bytes(sum(entry.size for entry in entries))}")
         return 0
     entries = inventory.read_store(given.store)
@@ -95,7 +96,11 @@ def show(given: argparse.Namespace) -> int:
     except TrackingError as error:
         tell(f"which runs need them is unknown: {error}\n")
         needs = {}
-    _print(entries, needs)
+    _print(entries, needs, given.wide)
+    if needs:
+        tell(f"{_count(entries)}, {_bytes(sum(entry.size for entry in entries))}")
+        if not given.wide:
+            tell("runs: how many tracked runs need the stage; wide=true names them")
     return 0
 
 
@@ -235,29 +240,49 @@ def _agrees(question: str) -> bool:
         return False
 
 
-def _print(entries: Sequence[Entry], needs: Mapping[str, Sequence[str]]) -> None:
+def _print(entries: Sequence[Entry], needs: Mapping[str, Sequence[str]], wide: bool = False) -> None:
+    """Print a line for each stage. To fit 80 columns, runs are counted, and makers have numbers, explained below.
+
+    Args:
+        needs: the runs that need each stage; empty if that is not known.
+        wide: whether to name runs and makers in the table.
+    """
     from rich.text import Text
 
     from dnpo.running.console import Console
     from dnpo.screen import ScreenTable
 
-    table = ScreenTable(box=None, pad_edge=False, header_style="bold")
-    for heading in ("stage", "what", "size", "made", *(["needed by"] if needs else []), "by"):
-        table.add_column(heading, no_wrap=True, justify="right" if heading == "size" else "left")
+    table, console = ScreenTable(box=None, pad_edge=False, header_style="bold"), Console()
+    runs = ("needed by" if wide else "runs",) if needs else ()
+    for heading in ("stage", "size", "made", *runs, "by", "what"):  # the last one may be cut
+        table.add_column(heading, no_wrap=True, justify="right" if heading in ("size", "runs") else "left")
+    makers = list(dict.fromkeys(maker for entry in entries if (maker := _maker(entry))))
     for entry in entries:
-        made = entry.content.get("made_by", {})
-        by = [f"dnpo {made['dnpo']}", made["commit"][:8]] if made else []
-        by += [f"{name} {made[name]}" for name in ("torch", "transformers") if name in made]
-        by += [made["device"]] if "device" in made else []
-        what = str(entry.content.get("title", "")) if entry.finished else "unfinished"
-        cells = [entry.name, "damaged: " + "; ".join(entry.damage) if entry.damage else what, _bytes(entry.size)]
-        cells += [str(entry.content.get("started", ""))[:16].replace("T", " ")]
-        cells += [_name(needs[entry.name])] if needs else []
-        cells += [", ".join(filter(None, by))]
-        table.add_row(*map(Text, cells))
-    Console().table_cut(table)
-    if needs:
-        say(f"{_count(entries)}, {_bytes(sum(entry.size for entry in entries))}")
+        maker, needing = _maker(entry), needs.get(entry.name, ())
+        title, made = str(entry.content.get("title", "")), str(entry.content.get("started", "")).replace("T", " ")
+        if not wide:  # the stage's name says the rest of its title
+            title = title.rpartition(" · ")[0] or title
+        cells = [entry.name, _bytes(entry.size), made[:16] if wide else made[:10]]
+        cells += [_name(needing) if wide else str(len(needing))] if needs else []
+        cells += [maker if wide else str(makers.index(maker) + 1) if maker else ""]
+        what = title if entry.finished else "unfinished"
+        table.add_row(*map(Text, [*cells, f"damaged: {'; '.join(entry.damage)}" if entry.damage else what]))
+    if wide:
+        console.table(table, split=True)
+        return
+    console.table_cut(table)
+    for number, maker in enumerate(makers, 1):
+        console.tell(f"by {number}: {maker}", hang=6)
+
+
+def _maker(entry: Entry) -> str:
+    """Versions, commit and device of the process that made a stage; empty if that is not known."""
+    made = entry.content.get("made_by", {})
+    if not made:
+        return ""
+    commit = f"{made['commit'][:8]}{'+' * made['commit'].endswith('+')}"
+    packages = [f"{name} {made[name]}" for name in ("torch", "transformers") if name in made]
+    return ", ".join(filter(None, [f"dnpo {made['dnpo']}", commit, *packages, made.get("device", "")]))
 
 
 def _name(runs: Sequence[str]) -> str:

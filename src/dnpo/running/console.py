@@ -320,7 +320,7 @@ def _split(table: ScreenTable, width: int) -> list[ScreenTable]:
             if _measure(parts[-1]) <= width:
                 continue
             parts[-1].columns.pop()
-        part = ScreenTable(None if parts else str(table.title))
+        part = ScreenTable(None if parts or table.title is None else str(table.title))
         part.columns, part.rows = [first, column], table.rows
         parts.append(part)
     return parts or [table]
