@@ -15,11 +15,11 @@ from analysis.claims_assess import Result
 from analysis.claims_book import Book, Claim
 from analysis.claims_registered import SHORT, Registration
 from analysis.claims_rules import POWER
-from analysis.claims_tables import format_effect, format_half, format_outcome, number, ranges, remarks_by_text
+from analysis.claims_tables import format_effect, format_half, format_outcome, ranges, remarks_by_text
 from dnpo.errors import DataError
 from dnpo.escape import for_csv, for_markdown
 from dnpo.stats.intervals import Components, Mean
-from dnpo.wording import plural
+from dnpo.wording import fixed, plural
 
 PLAN = "plan.csv"
 CLOSE = 1.5  # a forecast within this factor of what was reached counts as good
@@ -223,8 +223,8 @@ def _line(row: Row) -> tuple[str, ...]:
     digits = claim.digits + 1
     return (
         *(str(row.place), claim.id, claim.role, size(effect.seeds, effect.items), claim.unit),
-        number(row.forecast.detectable, digits),
-        "" if reached is None else number(reached, digits),
+        fixed(row.forecast.detectable, digits),
+        "" if reached is None else fixed(reached, digits),
         "" if row.ratio is None else f"{row.ratio:.2f}",
         format_half(row.result),
         format_effect(row.result, unit=False),

@@ -22,12 +22,12 @@ from analysis.claims_forecast import PLAN
 from analysis.claims_options import choose_seeds, execute, make_parser, pair_tags
 from analysis.claims_registered import Registration
 from analysis.claims_rules import POWER, strictest
-from analysis.claims_tables import number, ranges, remarks_by_text
+from analysis.claims_tables import ranges, remarks_by_text
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import for_csv, for_markdown, say, tell
 from dnpo.stats.intervals import Components, Mean
 from dnpo.tracking.reading import Database
-from dnpo.wording import duration, plural
+from dnpo.wording import duration, fixed, plural
 
 MOST_SEEDS, MOST_PROMPTS = 1_000, 1_000_000
 COLUMNS = (
@@ -196,7 +196,7 @@ def sentence(plan: Plan) -> str:
     claim = plan.claim
     return (
         f"{claim.role:9} {claim.id:34} {plan.seeds} × {plan.prompts or 1} find "
-        f"{number(plan.detectable, claim.digits + 1)} {claim.unit}; {plan.effect:g} needs "
+        f"{fixed(plan.detectable, claim.digits + 1)} {claim.unit}; {plan.effect:g} needs "
         f"{_count(plan.seeds_needed, 'seed', MOST_SEEDS)}"
         + (f" or {_count(plan.prompts_needed, 'prompt', MOST_PROMPTS)}" if plan.prompts is not None else "")
         + f"; {duration(plan.seconds)} a seed"
@@ -217,8 +217,8 @@ def lines(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
         rows.append(
             (
                 *(str(place), each.claim.id, each.claim.role, f"{each.level:.3g}", each.claim.unit),
-                *(number(variance**0.5, digits) for variance in variances),
-                *(number(each.detectable, digits), f"{each.effect:g}"),
+                *(fixed(variance**0.5, digits) for variance in variances),
+                *(fixed(each.detectable, digits), f"{each.effect:g}"),
                 f"{each.power:.0%}",
                 f"{each.power_negligible:.0%}",
                 *(_count(each.seeds_needed, "seed", MOST_SEEDS), prompts),

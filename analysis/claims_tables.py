@@ -16,8 +16,8 @@ from analysis.claims_book import Claim
 from analysis.claims_earlier import keep
 from analysis.claims_rules import ROLES, Role, count_outcomes, rule
 from dnpo.escape import for_csv, for_latex, for_markdown
-from dnpo.stats.intervals import Estimate
 from dnpo.stats.table import stack, tabular, wrapped
+from dnpo.wording import decimals, fixed, interval
 
 RELATIONS = {"greater": ">", "less": "<", "at_least": "≥", "at_most": "≤"}
 COLUMNS = (
@@ -110,7 +110,7 @@ def _line(result: Result) -> tuple[str, ...]:
     if effect is None:
         return (claim.text, source, claim.measured, format_claim(claim), sesoi, "", "", "", "", "", result.outcome)
     size = str(effect.seeds) + (f" × {effect.items}" if effect.items is not None else "")
-    detectable = "" if result.detectable is None else number(result.detectable, claim.digits)
+    detectable = "" if result.detectable is None else _size(result.detectable, claim)
     return (
         claim.text,
         source,
@@ -134,14 +134,19 @@ def format_effect(result: Result, unit: bool = True) -> str:
     """The effect with its interval and, if asked for, its unit; differences have a sign."""
     if result.effect is None:
         return ""
-    text = interval(result.effect.estimate, result.claim.digits, signed=bool(result.claim.b))
+    found = result.effect.estimate
+    text = interval(found.value, found.low, found.high, result.claim.digits, signed=bool(result.claim.b))
     return f"{text} {result.claim.unit}" if unit else text
 
 
 def format_half(result: Result) -> str:
     """Half of the width of the effect's interval; "" if there is none."""
     half = None if result.effect is None else result.effect.estimate.half
-    return "" if half is None else number(half, result.claim.digits)
+    return "" if half is None else _size(half, result.claim)
+
+
+def _size(value: float, claim: Claim) -> str:
+    return fixed(value, decimals(value, claim.digits))
 
 
 def format_outcome(result: Result) -> str:
@@ -156,19 +161,6 @@ def format_claim(claim: Claim) -> str:
         return f"{target} ± {margin}"
     slack = {"at_least": f" (margin {margin})", "at_most": f" (margin {margin})"}
     return f"{RELATIONS[claim.relation]} {target}{slack.get(claim.relation, '')}"
-
-
-def interval(estimate: Estimate, digits: int, signed: bool) -> str:
-    """Format a value with the ends of its interval."""
-    value = number(estimate.value, digits, signed)
-    if estimate.low is None or estimate.high is None:
-        return value
-    return f"{value} ({number(estimate.low, digits, signed)} to {number(estimate.high, digits, signed)})"
-
-
-def number(value: float, digits: int, signed: bool = False) -> str:
-    """Format a number with ``digits`` decimals; a number that rounds to zero has no minus sign."""
-    return format(value, f"{'+' if signed else ''}z.{digits}f").replace("-", "−")
 
 
 def p_text(p: float) -> str:

@@ -18,7 +18,7 @@ from dnpo.catalogue import Metric
 from dnpo.palette import BREAK, FOOT, INK, METHODS, OTHER, OUTCOMES, PAPER, Look
 from dnpo.stats.table import ALPHA
 from dnpo.tracking.reading import SFT
-from dnpo.wording import plural
+from dnpo.wording import fixed, plural
 
 COLUMN, PAGE = 3.3, 6.9  # inches: the width of a paper's column, and of its page
 STYLE: Any = {
@@ -260,7 +260,7 @@ def plus_minus(row: Mapping[str, Any], prefix: str) -> str:
     """Format a row's mean, a difference, with half the width of its interval."""
     low, high = row[f"{prefix}low"], row[f"{prefix}high"]
     half = "" if low is None or high is None else f" ± {(high - low) / 2:.1f}"
-    return f"{row[f'{prefix}mean']:+.1f}{half}".replace("-", "−")
+    return fixed(row[f"{prefix}mean"], 1, signed=True) + half
 
 
 def from_to(row: Mapping[str, Any], prefix: str) -> str:

@@ -20,6 +20,7 @@ from dnpo.stats.intervals import Estimate
 from dnpo.stats.significance import holm
 from dnpo.stats.table import ALPHA
 from dnpo.tracking.reading import TrackedRun
+from dnpo.wording import fixed
 
 TITLE = "Right greedy answers with noise against those without it"
 SWEEP = "noise_map"
@@ -126,10 +127,10 @@ def _draw(
         at = epochs.index(row["epochs"]), betas.index(row["beta"])
         grid[at] = row["mean"]
         low, high = row["low"], row["high"]
-        between = "" if low is None else f"\n{low:+z.1f} to {high:+z.1f}"
+        between = "" if low is None else f"\n{fixed(low, 1, signed=True)} to {fixed(high, 1, signed=True)}"
         star = "*" if row["p_holm"] <= ALPHA else ""
         weight = "" if row["saturation"] is None else f"\nσ {row['saturation']:.2f}"
-        text = f"{row['mean']:+z.1f}{star}{between}{weight}".replace("-", "−")
+        text = f"{fixed(row['mean'], 1, signed=True)}{star}{between}{weight}"
         dark = row["mean"] > 0.5 * most or row["mean"] < -0.75 * most  # the colours of the two sides differ in depth
         ink = PAPER if dark else INK
         axis.text(at[1], at[0], text, ha="center", va="center", fontsize=SMALL, color=ink, linespacing=1.1)

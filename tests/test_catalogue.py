@@ -54,7 +54,7 @@ def test_values_are_shown_in_the_unit() -> None:
     assert (share.format(0.5625), share.format_with_unit(0.5625), share.heading) == ("56.2", "56.2 %", "accuracy, %")
     assert (score.format(53.25), score.axis) == ("53.2", "Judge's score of sampled answers, points of 100")
     assert metric("logps/chosen").format(-1234.5) == "−1,234.50"
-    assert share.format(-0.00001, signed=True) == "+0.0", "what rounds to zero is not negative"
+    assert share.format(-0.00001, signed=True) == "0.0", "what rounds to zero has no sign"
     assert metric("npo/variance").heading == "s²"
     assert metric("agreement/length_bias").format_with_unit(0.031, signed=True) == "+3.1 pp"
 

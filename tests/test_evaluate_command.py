@@ -128,7 +128,7 @@ def test_duels_in_words() -> None:
         describe_outcome(outcome([replace(d, preference=0.5 + (d.ours_score - 50) / 2) for d in even], True, 0), "x")
     )
     assert "at the same length 50.0 % (" in told
-    assert "responses are +2.0 characters longer on average, and length has the effect +0.00 (log-odds)" in told
+    assert "responses are +2.0 characters longer on average, and length has the effect 0.00 (log-odds)" in told
 
 
 # --- whole commands

@@ -594,6 +594,7 @@ def hostile(lab: Lab) -> None:
     named = ("role", "text", "where", "measured", "outcome", "effect")
     claim = {**dict.fromkeys(named, EVIL), "low": None, "notes": [EVIL]}
     other = {"text": "it helps", "outcome": "supported", "exploratory": True, "effect": 1.5, "low": 1, "high": 2}
+    other |= {"digits": 1, "b": "spin@1"}
     path = lab.folder / "claims.json"
     path.write_text(json.dumps({"claims": [claim, other]}))
     database.client.log_artifact(own.id, str(path), "analysis")
@@ -621,7 +622,7 @@ def test_all_content_of_runs_is_shown_as_text(lab: Lab, which: str) -> None:
         assert "https://…@host/" in page.text
     if which == "sweep":
         assert "it helps supported exploratory" in " ".join(page.text.split())
-        assert "+1 to +2" in page.text
+        assert "+1.5 (+1.0 to +2.0)" in page.text
 
 
 LINES_OF_KEY = f"""() => {{

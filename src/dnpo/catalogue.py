@@ -19,6 +19,7 @@ from functools import cache
 from typing import Literal
 
 from dnpo.errors import DnpoError
+from dnpo.wording import fixed
 
 OPEN = re.compile(r"<(\w+)>")  # the placeholder in the name of a family
 SHARES = ("%", "pp")  # units of values that are tracked as shares, 0 to 1
@@ -65,8 +66,7 @@ class Metric:
 
     def format(self, value: float, signed: bool = False) -> str:
         """Format a tracked value in the metric's unit, without the unit."""
-        text = format(self.scale * value, f"{'+' if signed else ''}z,.{self.digits}f")  # z: no zero has a sign
-        return text.replace("-", "−")
+        return fixed(self.scale * value, self.digits, signed)
 
     def format_with_unit(self, value: float, signed: bool = False) -> str:
         """Format a tracked value with its unit."""

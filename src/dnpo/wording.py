@@ -1,4 +1,6 @@
-"""Words that depend on a number."""
+"""Numbers, and words that depend on a number, as readers see them."""
+
+import math
 
 LONG = 8  # maximum number of characters of a number that is shown unchanged
 
@@ -6,6 +8,46 @@ LONG = 8  # maximum number of characters of a number that is shown unchanged
 def plural(number: int, noun: str) -> str:
     """Return a number with its noun, such as ``1 run`` or ``2,400 runs``; the plural adds an s."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def fixed(value: float, digits: int, signed: bool = False) -> str:
+    """Format a number with ``digits`` decimals and, if asked for, its sign; one that is shown as zero has no sign."""
+    text = format(value, f"z,.{digits}f")  # z: no −0
+    return ("+" if signed and value > 0 and text.strip("0.") else "") + text.replace("-", "−")
+
+
+def decimals(size: float, least: int = 0) -> int:
+    """How many decimals show two digits of a size if they are under 36, otherwise one; at least ``least``.
+
+    The rule of the Particle Data Group for errors (Review of Particle Physics, Introduction, section 5.3).
+    """
+    if not (size > 0 and math.isfinite(size)):
+        return least
+    power = math.floor(math.log10(size))
+    return max(least, (1 if size < 3.55 * 10**power else 0) - power)
+
+
+def interval(value: float, low: float | None, high: float | None, least: int = 0, signed: bool = False) -> str:
+    """Format a value with the ends of its interval, if it has one, such as ``+4.1 (+3.1 to +5.1)``.
+
+    There are as many decimals as half the width needs (:func:`decimals`), and up to two more if an end that is not 0
+    would be shown as 0 otherwise.
+
+    Args:
+        least: the least number of decimals.
+        signed: whether they are differences, which have a sign.
+    """
+    if low is None or high is None:
+        return fixed(value, least, signed)
+    needed = decimals((high - low) / 2, least)
+    enough = (n for n in range(needed, needed + 3) if not (_vanishes(low, n) or _vanishes(high, n)))
+    digits = next(enough, needed)
+    return f"{fixed(value, digits, signed)} ({fixed(low, digits, signed)} to {fixed(high, digits, signed)})"
+
+
+def _vanishes(value: float, digits: int) -> bool:
+    """Whether a number that is not 0 is shown as 0."""
+    return value != 0 and not fixed(abs(value), digits).strip("0.")
 
 
 def short_number(text: str) -> str:

@@ -23,6 +23,7 @@ from dnpo.commands.train import check_device, pass_gate
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.settings import Count, Natural, build, check, check_values, part_key
 from dnpo.store import Verify
+from dnpo.wording import fixed
 
 if TYPE_CHECKING:
     from dnpo.running.console import Console
@@ -342,8 +343,8 @@ def describe_outcome(outcome: "DuelOutcome", judge: str) -> list[str]:
     if outcome.controlled is not None:
         found = outcome.controlled
         lines.append(
-            f"at the same length {_share(found.rate)}; responses are {found.difference:+.1f} characters longer on "
-            f"average, and length has the effect {found.effect:+.2f} (log-odds)"
+            f"at the same length {_share(found.rate)}; responses are {fixed(found.difference, 1, signed=True)} "
+            f"characters longer on average, and length has the effect {fixed(found.effect, 2, signed=True)} (log-odds)"
         )
     if outcome.why:
         lines.append(f"at the same length: {outcome.why}")

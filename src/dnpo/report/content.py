@@ -19,7 +19,10 @@ from dnpo.report.selection import Selection
 from dnpo.tracking.reading import SWEEP, TrackedRun
 from dnpo.wording import plural
 
-CLAIM = ("role", "text", "where", "measured", "outcome", "exploratory", "effect", "low", "high", "notes")
+CLAIM = (
+    *("role", "text", "where", "measured", "outcome", "exploratory"),
+    *("effect", "low", "high", "digits", "b", "notes"),
+)
 LOOKS = {"supported": "good", "as expected": "good", "contradicted": "bad", "not as expected": "bad"}
 
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from dnpo import palette
 from dnpo.catalogue import Metric
 from dnpo.escape import for_terminal
-from dnpo.wording import duration
+from dnpo.wording import duration, interval
 
 SECRET = re.compile(r"(\w+://)[^/@\s]*@")
 
@@ -37,10 +37,22 @@ def number(value: Any, form: str = ".3g", scale: float = 1.0) -> str:
     return format(scale * value, form).replace("-", "−")
 
 
+def effect(claim: Mapping[str, Any]) -> str:
+    """Format the effect of a claim with its interval, as the claims' own tables do; – if it was not measured."""
+    effect, low, high = (_number(claim[name]) for name in ("effect", "low", "high"))
+    if effect is None:
+        return "–"
+    digits = claim["digits"] if isinstance(claim["digits"], int) else 0  # the file may be of another program
+    return interval(effect, low, high, digits, signed=bool(claim["b"]))
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
 def format_value(value: Any, metric: Metric, signed: bool = False) -> str:
     """Format a value of a metric for a table; – if there is none."""
-    is_number = isinstance(value, int | float) and math.isfinite(value)
-    return metric.format(value, signed) if is_number else "–"
+    return "–" if _number(value) is None else metric.format(value, signed)
 
 
 def day(milliseconds: float) -> str:
@@ -62,5 +74,5 @@ def html(content: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "duration": duration, "day": day}
+    environment.filters |= {"number": number, "effect": effect, "duration": duration, "day": day}
     return environment.get_template("page.html.j2").render(content, colours=Markup(palette.write_css()))

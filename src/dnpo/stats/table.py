@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from dnpo.escape import for_csv, for_latex, for_markdown
 from dnpo.stats.intervals import LEVEL, Estimate
 from dnpo.stats.significance import holm
+from dnpo.wording import fixed
 
 ALPHA = 0.05
 LONGEST_HEADING = 14  # letters in a line of LaTeX
@@ -136,8 +137,7 @@ def with_words(table: Table, words: Mapping[str, Mapping[str, str]]) -> Table:
 
 def _format_cell(cell: Cell, adjusted: float | None, digits: int, scale: float) -> Shown:
     estimate = cell.estimate
-    # z: a number that rounds to zero has no minus sign
-    number = format(scale * estimate.value, f"{'+' if cell.signed else ''}z,.{digits}f").replace("-", "−")
+    number = fixed(scale * estimate.value, digits, cell.signed)
     half = "" if estimate.half is None else format(abs(scale) * estimate.half, f",.{digits}f")
     sides = None
     if cell.sides and estimate.low is not None and estimate.high is not None:
