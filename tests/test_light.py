@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dnpo import __version__
 from dnpo.settings import conf_folder
 
 HEAVY = ["torch", "transformers", "openai", "httpx2", "numpy", "scipy", "pyarrow", "safetensors", "huggingface_hub"]
@@ -113,3 +114,41 @@ sweeps = Database(f"sqlite:///{file}", "Default").sweeps()
 print(json.dumps({"sweeps": list(sweeps), "heavy": [each for each in ("mlflow", "sqlalchemy") if each in sys.modules]}))
 """
     assert found_by(script, [str(tmp_path / "mlflow.db")], tmp_path) == {"sweeps": [], "heavy": []}
+
+
+FIRST = """
+import io, json, runpy, sys
+
+class Errors(io.StringIO):
+    def write(self, text):
+        if not self.getvalue():
+            sys.__stdout__.write(json.dumps([text, [name for name in json.loads(sys.argv[1]) if name in sys.modules]]))
+        return super().write(text)
+
+sys.stderr = Errors()
+from dnpo.cli import main
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (["chat", "RUN"], "loading the policy of RUN"),
+        (["chat", "RUN", "iteration=1", "against=sft"], "loading iteration 1 and the fine-tuned policy of RUN"),
+        (["sample", "RUN", "prompt=a"], "loading the policy of RUN"),
+        (["export", "RUN", "to=out", "iteration=0"], "exporting iteration 0 of RUN"),
+        (["report", "RUN"], "reading RUN for its report"),
+        (["browse", "RUN", "port=0"], "reading RUN"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_command_says_what_it_begins_before_it_imports_anything_heavy(
+    given: list[str], what: str, tmp_path: Path
+) -> None:
+    """The refusal of a run that does not exist comes after it."""
+    heavy = json.dumps([*HEAVY, "mlflow", "sqlalchemy", "matplotlib", "starlette"])
+    command = [sys.executable, "-c", FIRST, heavy, *given]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert json.loads(done.stdout) == [f"dnpo {__version__}: {what}", []]

@@ -73,6 +73,13 @@ def say(text: Any = "", *, error: bool = False) -> None:
         print(for_terminal(text), flush=True)
 
 
+def announce(what: str) -> None:
+    """Print on the standard error what a command begins, at once, since imports and loading take seconds."""
+    from dnpo import __version__
+
+    tell(f"dnpo {__version__}: {what}", error=True)
+
+
 def tell(text: Any, *, error: bool = False, hang: int = 0) -> None:
     """Print sentences; on a terminal, lines end between words, and further lines begin after ``hang`` spaces."""
     stream = sys.stderr if error else sys.stdout

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dnpo.commands.grammar import Parser, parse
 from dnpo.errors import DnpoError
-from dnpo.escape import say
+from dnpo.escape import announce, say
 from dnpo.tracking.client import default_uri
 from dnpo.wording import plural
 
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _browse(given: argparse.Namespace) -> None:
+    announce(f"reading {', '.join(given.runs) or 'the newest run in outputs/'}")
     from dnpo.browse.runs import find
     from dnpo.browse.server import LOOPBACK, listen, make_app, serve
 

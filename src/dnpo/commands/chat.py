@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dnpo.commands.grammar import Parser, parse, program
-from dnpo.commands.sample import add_sampling, chosen, open_policies
+from dnpo.commands.sample import add_sampling, announce_policies, chosen, open_policies
 from dnpo.errors import DnpoError
 from dnpo.escape import for_terminal, say, tell
 
@@ -41,10 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _talk(given: argparse.Namespace) -> None:
+    iterations = [given.iteration, *([given.against] if given.against else [])]
+    announce_policies(given, iterations)
     from dnpo.records import Message
     from dnpo.running.talk import open_judge, opinions, user
 
-    speakers, saved = open_policies(given, [given.iteration, *([given.against] if given.against else [])])
+    speakers, saved = open_policies(given, iterations)
     judge = open_judge(saved)
     names = " and ".join(speaker.name for speaker in speakers)
     tell(f"{names} of {given.run}, {chosen(speakers[0])}. {KEYS}")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dnpo.commands.grammar import Parser, parse, program
+from dnpo.commands.sample import name_policy
 from dnpo.errors import DnpoError
-from dnpo.escape import say, tell
+from dnpo.escape import announce, say, tell
 
 if TYPE_CHECKING:
     from dnpo.running.card import SavedPolicy
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("to=FOLDER or push=REPO is needed")
     if given.public and given.push is None:
         parser.error("public=true needs push=REPO")
+    announce(f"exporting {name_policy(given.iteration)} of {given.run}")
     from dnpo.running.console import silence_libraries
 
     silence_libraries()

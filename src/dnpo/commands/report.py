@@ -6,16 +6,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DataError, DnpoError
-from dnpo.escape import say, tell
-from dnpo.report.content import content
-from dnpo.report.page import html
-from dnpo.report.selection import Selection, select
+from dnpo.escape import announce, say, tell
 from dnpo.tracking.client import default_uri
-from dnpo.tracking.reading import Database
 from dnpo.wording import plural
+
+if TYPE_CHECKING:
+    from dnpo.report.selection import Selection
 
 ARTIFACT = "report.html"
 
@@ -47,6 +47,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _report(given: argparse.Namespace) -> None:
     clock = time.monotonic()
+    announce(f"reading {given.run_or_sweep} for its report")
+    from dnpo.report.content import content
+    from dnpo.report.page import html
+    from dnpo.report.selection import select
+    from dnpo.tracking.reading import Database
+
     database = Database(given.uri, given.experiment)
     selection = select(database, given.run_or_sweep)
     text = html(content(selection, given.uri))
@@ -71,6 +77,6 @@ def _report(given: argparse.Namespace) -> None:
     say(f"kept in MLflow as {ARTIFACT} of run {selection.own.id}")
 
 
-def _slug(selection: Selection) -> str:
+def _slug(selection: "Selection") -> str:
     name = selection.name if selection.sweep else selection.runs[0].id[:8]
     return re.sub(r"[^\w.-]+", "-", name)[:80].strip("-.") or "sweep"

@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fit(cfg: DictConfig, job: Any) -> None:
+    command.greet(cfg, job)
     tree = command.plain(cfg)
     data = Preferences(**check_values("data", Preferences, tree.pop("data")))
 

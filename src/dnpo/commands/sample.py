@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dnpo import disk
 from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DataError, DnpoError, SettingsError
-from dnpo.escape import say, tell
+from dnpo.escape import announce, say, tell
 from dnpo.wording import plural
 
 if TYPE_CHECKING:
@@ -60,6 +60,18 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ledger", type=Path, default=Path("ledger.sqlite"), help="file of judge calls (%(default)s)")
 
 
+def announce_policies(given: argparse.Namespace, iterations: Sequence[str | None]) -> None:
+    """Say at once which policies of the run are loaded."""
+    announce(f"loading {' and '.join(map(name_policy, iterations))} of {given.run}")
+
+
+def name_policy(iteration: str | None) -> str:
+    """Name a policy of a run as in a sentence; None is the one that the run keeps."""
+    if iteration is None:
+        return "the policy"
+    return "the fine-tuned policy" if iteration == "sft" else f"iteration {iteration}"
+
+
 def open_policies(given: argparse.Namespace, iterations: Sequence[str | None]) -> "tuple[list[Speaker], SavedPolicy]":
     """Load policies of the run; also return the first one's entry in the run's summary."""
     from dnpo.running.console import silence_libraries
@@ -99,10 +111,11 @@ def chosen(speaker: "Speaker") -> str:
 
 
 def _sample(given: argparse.Namespace) -> None:
-    from dnpo.running.talk import read_conversations, user
-
     if (given.prompt is None) == (given.prompts is None):
         raise SettingsError("give either prompt='…' or prompts=FILE")
+    announce_policies(given, [given.iteration])
+    from dnpo.running.talk import read_conversations, user
+
     conversations = [[user(given.prompt)]] if given.prompts is None else read_conversations(given.prompts)
     if given.out is not None and given.out.exists():
         raise DataError(f"out={given.out}: exists already; expected a new file")
