@@ -271,6 +271,34 @@ def test_the_loss_of_the_last_step_is_shown_and_all_steps_are_passed_on(
     assert "1 step in 61.0 s, 0.016/s" in summary, "a slow stage does not seem to stand still"
 
 
+@pytest.mark.parametrize("rest", [0.0, 0.3, 6.0])
+@pytest.mark.parametrize(
+    ("done", "took"), [(4800, 4.352), (144, 0.0805), (60, 3.41), (6, 0.72), (12_000, 7200.0), (0, 1.0)]
+)
+def test_the_numbers_at_a_stages_end_agree(
+    done: int, took: float, rest: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Units divided by their seconds are the speed; loading, or other units that were counted before, are apart."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with Console(width=200).stage("evaluate", lambda rows, total: None) as report:
+        report.begin(100, "responses")
+        now[0] += rest
+        report.begin(done, "verdicts")
+        now[0] += took
+        report.advance(done)
+        report.status("2 identical")
+    shown = capsys.readouterr().out
+    found = re.search(
+        r"evaluate +([\d,]+) verdicts in ([\d.,]+) s(?:, ([\d.,]+)/s)?(?:, ([\d.,]+) s in all)?, 2 id", shown
+    )
+    assert found, shown
+    units, seconds, speed, whole = (float(text.replace(",", "")) if text else None for text in found.groups())
+    assert (units, seconds) == (done, pytest.approx(took, rel=0.02))
+    assert speed == (pytest.approx(done / seconds, rel=0.03) if done else None)
+    assert whole == (pytest.approx(took + rest, rel=0.02) if rest else None)
+
+
 def test_a_stage_that_does_not_advance_is_reported_every_minute(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

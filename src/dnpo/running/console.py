@@ -36,6 +36,7 @@ WIDE = 28  # letters of a stage's title
 LABEL = 12  # letters of the labels of paths and links at a run's end
 ROOMY = 100  # characters of a terminal that has room for a long bar
 HEARTBEAT = 60  # seconds without news after which a stage says so; also between its lines without a terminal
+LEAST_REST = 0.05  # seconds of a stage's other work from which its end line shows them
 LONGEST_FAMILY = 6  # letters of a family's name in a heading
 
 StepSink = Callable[[list[dict[str, float]], int], None]
@@ -296,12 +297,25 @@ class StageReport:
         self.sink(rows, self.total)
 
     def summary(self) -> str:
-        """Return the amount of work done, its time and its speed."""
+        """Return the amount of work done, its time and its speed; also the stage's time if other work took some of it.
+
+        Loading and what a stage does before it counts its last units are such other work.
+        """
         now = time.monotonic()
-        seconds, done = now - self.started, self.done - self.before
-        rate = f", {per_second(done / (now - self.began))}" if done and now > self.began else ""
-        what = plural(done, self.unit.removesuffix("s")) if self.unit else "done"
-        return f"{what} in {seconds:,.1f} s{rate}" + (f", {self.words}" if self.words else "")
+        whole, done = f"{_seconds(now - self.started)} s", self.done - self.before
+        if not self.unit:
+            parts = [f"done in {whole}"]
+        else:
+            took = now - self.began
+            parts = [f"{plural(done, self.unit.removesuffix('s'))} in {_seconds(took)} s"]
+            parts += [per_second(done / took)] if done and took > 0 else []
+            parts += [f"{whole} in all"] if self.began - self.started >= LEAST_REST else []
+        return ", ".join([*parts, self.words] if self.words else parts)
+
+
+def _seconds(seconds: float) -> str:
+    """Format seconds so that a number of units divided by them is the speed."""
+    return f"{seconds:,.1f}" if seconds >= 1 else f"{seconds:.2g}"
 
 
 def _measure(table: ScreenTable) -> int:
