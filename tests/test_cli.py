@@ -9,7 +9,9 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
@@ -389,3 +391,27 @@ def test_the_version_is_the_same_everywhere() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert project["version"] == str(citation["version"]) == __version__
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_words_of_values_and_of_keys_are_explained_apart() -> None:
+    Word = Literal["prompt", "answer"]
+
+    def part(
+        *,
+        columns: Mapping[Word, str | list[str]] | None = None,
+        turns: Word = "prompt",
+        each: dict[str, Word] | None = None,
+        several: list[Word] | None = None,
+        free: Mapping[str, int] | None = None,
+    ) -> None: ...
+
+    assert describe(part) == {
+        "columns": "fields: prompt, answer",
+        **dict.fromkeys(("turns", "each", "several"), "one of prompt, answer"),
+    }
+
+
+def test_the_fields_of_data_are_not_explained_as_values() -> None:
+    text = describe(locate("data", "dnpo.data.files.JsonLines"))["columns"]
+    assert "fields: id, prompt" in text
+    assert "one of" not in text

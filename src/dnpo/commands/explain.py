@@ -182,34 +182,49 @@ def describe(part: Any) -> dict[str, str]:
         section = HEADING.search((inspect.cleandoc(kind.__doc__) if kind.__doc__ else "") + "\n")
         for names, text in ENTRY.findall(section[1]) if section else ():
             found |= {name.strip(): _as_setting(_unmarked(text)) for name in names.split(",")}
-    for name, words in _choices(part).items():
+    for name, (what, words) in _choices(part).items():
         if not all(word in found.get(name, "") for word in words):
-            found[name] = f"{found.get(name, '').rstrip('.')}; one of {', '.join(words)}".lstrip("; ")
+            found[name] = f"{found.get(name, '').rstrip('.')}; {what} {', '.join(words)}".lstrip("; ")
     return found
 
 
-def _choices(part: Any) -> dict[str, list[str]]:
-    """The values of settings that must be one of several words."""
+def _choices(part: Any) -> dict[str, tuple[str, list[str]]]:
+    """The words among which the values of a setting, or the keys of a mapping, must be, and what they are."""
     try:
         hints = get_type_hints(
             part.__init__ if inspect.isclass(part) and not hasattr(part, "__dataclass_fields__") else part
         )
     except NameError:  # a type that is imported only for type checkers
         return {}
-    found: dict[str, list[str]] = {}
+    found: dict[str, tuple[str, list[str]]] = {}
     for name, hint in hints.items():
-        words = [word for word in _literals(hint) if isinstance(word, str)]
-        if len(words) > 1:
-            found[name] = words
+        for what, those in (("fields:", _keys(hint)), ("one of", [hint])):
+            words = [word for each in those for word in _literals(each) if isinstance(word, str)]
+            if len(words) > 1:
+                found.setdefault(name, (what, words))
     return found
 
 
 def _literals(hint: Any) -> Iterator[Any]:
+    """The words that a type allows as values, not those of the keys of mappings."""
     if get_origin(hint) is Literal:
         yield from get_args(hint)
     else:
-        for each in get_args(hint):
+        for each in get_args(hint)[_is_mapping(hint) :]:
             yield from _literals(each)
+
+
+def _keys(hint: Any) -> Iterator[Any]:
+    """The types of the keys of all mappings in a type."""
+    if _is_mapping(hint):
+        yield get_args(hint)[0]
+    for each in get_args(hint):
+        yield from _keys(each)
+
+
+def _is_mapping(hint: Any) -> bool:
+    origin = get_origin(hint)
+    return inspect.isclass(origin) and issubclass(origin, Mapping)
 
 
 def _defaults(part: Any, own: Mapping[str, Any]) -> dict[str, Any]:
