@@ -41,6 +41,26 @@ def test_completions_of_a_command_line(line: str, found: list[str]) -> None:
     assert complete(line) == found
 
 
+@pytest.mark.parametrize("name", [*COMPOSED, "methods"])
+def test_a_folder_of_settings_can_be_given_to_verbs_with_options(name: str) -> None:
+    assert complete(f"dnpo {name} --conf") == ["--config-dir="]
+    assert "--config-dir=" not in complete(f"dnpo {name} ")
+    assert complete(f"dnpo {name} --config-dir=nowhe") == [], "the shell completes folders"
+    assert complete(f"dnpo {name} --config-dir nowhe") == []
+
+
+@pytest.mark.parametrize("given", ["--config-dir=own", "--config-dir own", "-cd own"])
+def test_options_in_a_folder_of_settings_are_completed(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own" / "method").mkdir(parents=True)
+    (tmp_path / "own" / "method" / "brief.yaml").write_text("# @package _global_\n")
+    monkeypatch.chdir(tmp_path)
+    assert complete(f"dnpo train {given} method=bri") == ["method=brief"]
+    assert complete(f"dnpo methods {given} bri") == ["brief"]
+    assert complete("dnpo train method=bri") == []
+
+
 def test_the_first_word_is_a_verb() -> None:
     assert complete("dnpo ") == sorted({name.split()[0] for name in VERBS})
     assert complete("dnpo") == complete("dnpo ")

@@ -11,9 +11,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
+from pathlib import Path
 
-from dnpo.commands.grammar import COMPLETES, HELP
+from dnpo.commands.grammar import COMPLETES, HELP, take_folder
 from dnpo.commands.verbs import VERBS
+from dnpo.errors import SettingsError
 from dnpo.escape import say
 from dnpo.settings import conf_folder
 
@@ -50,6 +52,7 @@ FISH = r"""function _dnpo
 end
 complete -c dnpo -f -a '(_dnpo)'
 """
+FOLDER = "--config-dir="
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 COMPOSED = {  # verbs whose settings Hydra composes and lists
     "train": "dnpo.commands.train",
@@ -90,24 +93,38 @@ def complete(line: str) -> list[str]:
     """
     *before, word = line.split(" ")[1:] or [""]
     before = [each for each in before if each]
+    own, before = _take_folder(before)
     name = next((name for name in (" ".join(before[:2]), *before[:1]) if name in VERBS), "")
     if not name:
         verbs = [each.split() for each in VERBS]
         found = [each[len(before)] for each in verbs if each[: len(before)] == before and len(each) > len(before)]
     elif name in COMPOSED:
-        given = [*VERBS[name].before, "-sc", "query=bash"]
+        given = [*VERBS[name].before, *own, "-sc", "query=bash"]
         found = [each for part in _ask(COMPOSED[name], given, f"dnpo {word}") for each in part.split()]
         found += _options("sweep") if name == "sweep" else ()
+        found += [FOLDER] if word.startswith("-") else ()
     elif name in ("methods", "doctor", "completion"):  # these have no settings
-        found = {"methods": _options("method"), "doctor": [], "completion": list(SCRIPTS)}[name]
+        methods = [*_options("method", *own), *([FOLDER] if word.startswith("-") else ())]
+        found = {"methods": methods, "doctor": [], "completion": list(SCRIPTS)}[name]
     else:
         verb = VERBS[name]
         found = list(_ask(verb.module, [*verb.before, *before[len(name.split()) :]], line))
     return sorted({each for each in found if each and each.startswith(word)})
 
 
-def _options(part: str) -> list[str]:
-    return [file.stem for file in (conf_folder() / part).glob("*.yaml")]
+def _take_folder(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split words into the option of the user's folder of settings, as one word, and all others."""
+    try:
+        with redirect_stderr(io.StringIO()):
+            folder, others = take_folder(words)
+    except (SettingsError, SystemExit):  # there is no such folder, or not yet: it is what is completed
+        return [], [each for each in words if each.partition("=")[0] not in ("--config-dir", "-cd")]
+    return [f"{FOLDER}{folder}"] if folder else [], others
+
+
+def _options(part: str, *own: str) -> list[str]:
+    folders = [conf_folder(), *(Path(each.removeprefix(FOLDER)) for each in own)]
+    return [file.stem for folder in folders for file in (folder / part).glob("*.yaml")]
 
 
 def _ask(module: str, arguments: Sequence[str], line: str) -> Iterator[str]:
