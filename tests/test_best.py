@@ -3,15 +3,20 @@
 import json
 import math
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 import dnpo
+from dnpo.catalogue import GROUPS
+from dnpo.commands.train import build
 from dnpo.errors import SettingsError
-from dnpo.running.best import KeptPolicy, find_best, kept, sentences
+from dnpo.running.best import KeptPolicy, find_best, has, kept, sentences
 from dnpo.running.export import find_policy, read_summary
+from dnpo.settings import conf_folder
 from tests.commands import SMOKE, TINY, numbers, run_command, succeed, summary, train
 
 ENDS = ("iterations=4", "keep=best", "patience=1", "eval.split=validation")
@@ -69,6 +74,18 @@ def test_a_run_without_keep_or_stop_chooses_no_policy() -> None:
         (["patience=1", "best_by=second/score"], "best_by=second/score: this run does not measure it.*second_judge="),
         (["patience=1", "best_by=leaderboard/arc"], "best_by=leaderboard/arc: this run does not measure it"),
         (["keep=best", "judge=off", "dsl=off", "best_by=eval/score"], "best_by=eval/score: this run does not measure"),
+        (
+            ["keep=best", "judge=off", "dsl=off", "best_by=eval/win"],
+            "best_by=eval/win: this run does not measure.*scores",
+        ),
+        (["keep=best", "best_by=heldout/loss"], "best_by=heldout/loss: this run does not measure.*sft.keep=best"),
+        (["keep=best", "best_by=heldout/loss", "sft.keep=best"], "best_by=heldout/loss: .*needs trainer.keep=best"),
+        (["patience=1", "best_by=loss/policy", "trainer.epochs=0"], "best_by=loss/policy: .*trainer.epochs or steps"),
+        (["patience=1", "best_by=pairs/wrong"], "best_by=pairs/wrong: is not measured for the fine-tuned policy"),
+        (["keep=best", "best_by=duels/rate"], "best_by=duels/rate: is not measured for"),
+        (["keep=best", "best_by=eval/engine_max"], "best_by=eval/engine_max: this run .*generate=server"),
+        (["keep=best", "best_by=eval/pass_at_3"], "best_by=eval/pass_at_3: this run .*needs eval.samples=3"),
+        (["keep=best", "best_by=eval/accuracy/poems"], "best_by=eval/accuracy/poems: .*rows of the family poems"),
         (["keep=first"], "keep='first'"),
         (["patience=-1"], "patience=-1"),
     ],
@@ -80,6 +97,22 @@ def test_meaningless_settings_of_the_choice_are_refused_by_name(tmp_path: Path, 
     assert done.returncode == 1
     assert re.search(message, done.stderr), done.stderr
     assert not (tmp_path / "store" / "prompts").exists()  # nothing has been computed
+
+
+@pytest.mark.long
+def test_a_metric_is_accepted_exactly_if_the_run_measures_it_for_every_policy(smoke: Path) -> None:
+    table = json.loads(min(smoke.glob("outputs/*/*/summary.json")).read_text())["table"]
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        run, _, _ = build(compose("train", overrides=list(SMOKE)))
+    better = [each.name for group in GROUPS for each in group.metrics if each.better]
+    names = [name for name in better if "<" not in name] + ["eval/pass_at_1", "eval/accuracy/facts", "second/win"]
+    accepted = set()
+    for name in names:
+        with suppress(SettingsError):
+            KeptPolicy("best", best_by=name).check(run)
+            accepted.add(name)
+    assert accepted == {name for name in names if all(has(row, name) for row in table)}
+    assert {"eval/score", "eval/accuracy", "eval/loss"} < accepted
 
 
 @pytest.mark.long

@@ -467,6 +467,11 @@ def find(name: str) -> Metric | None:
     return None if entry is None else entry[0]
 
 
+def is_added(name: str) -> bool:
+    """Whether a measure of one's own has added the metric with this name."""
+    return any(name == metric.name for group in _ADDED for metric in group.metrics)
+
+
 def metric(name: str) -> Metric:
     """Return the metric with this name.
 

@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from dnpo.catalogue import metric
+from dnpo.catalogue import is_added, metric
 from dnpo.errors import DnpoError, SettingsError
+from dnpo.tables import column
 
 if TYPE_CHECKING:
     from dnpo.stages.plan import Run
 
 Keep = Literal["last", "best"]
 Row = Mapping[str, Any]
+OF_POLICIES = ("eval/", "second/", "leaderboard/", "texts/", "heldout/loss", "loss/policy")  # of the fine-tuned one too
+SCORED = ("score", "score_greedy", "win", "lose", "unscored")  # metrics of eval/ that need a judge's scores
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class KeptPolicy:
 
         Raises:
             SettingsError: nothing reads the metric, it is unknown, neither of its directions is better, or the run does
-                not measure it.
+                not measure it for every policy.
         """
         if self.best_by is None:
             return
@@ -57,15 +60,14 @@ class KeptPolicy:
                 f"best_by={self.best_by}: neither direction of this metric is better; expected one like eval/score, "
                 "eval/accuracy or eval/loss"
             )
-        of = {
-            "leaderboard": run.eval.leaderboard is not None,
-            "texts": run.eval.texts is not None,
-            "second": run.second_judge.gives_scores,
-        }
-        scored = run.judge.gives_scores or not self.best_by.startswith("eval/score")
-        if not of.get(self.best_by.partition("/")[0], scored):
-            needs = found.needs or "a judge that gives scores"
-            raise SettingsError(f"best_by={self.best_by}: this run does not measure it; it needs {needs}")
+        if not (self.best_by.startswith(OF_POLICIES) or is_added(self.best_by)):
+            raise SettingsError(
+                f"best_by={self.best_by}: is not measured for the fine-tuned policy; expected one like eval/score, "
+                "eval/accuracy or eval/loss"
+            )
+        lack = _find_lack(self.best_by, found.needs, run)
+        if lack:
+            raise SettingsError(f"best_by={self.best_by}: this run does not measure it; it needs {lack}")
 
     def metric_of(self, rows: Sequence[Row]) -> str:
         """The name of the metric that chooses among these policies.
@@ -104,6 +106,54 @@ class KeptPolicy:
         if len(rows) - 1 < planned:
             found["ended"] = {"iterations": len(rows) - 1, "planned": planned, "patience": self.patience}
         return {"choice": found}
+
+
+def _find_lack(name: str, needs: str, run: "Run") -> str:
+    """What a run lacks to measure a metric for every policy, the fine-tuned one too; empty if nothing.
+
+    Args:
+        needs: what the catalogue says that the metric needs.
+    """
+    place, _, what = name.partition("/")
+    if place == "second":
+        return "" if run.second_judge.gives_scores else needs
+    if place == "leaderboard":
+        return _find_lack_of_benchmarks(what, needs, run)
+    if name in ("heldout/loss", "loss/policy"):
+        wanted = "keep=best" if place == "heldout" else "epochs or steps"
+        for setting, training in run.trainings():
+            there = training.measures if place == "heldout" else training.epochs or training.steps
+            if setting in ("sft", "trainer") and not there:
+                return f"{setting}.{wanted}"
+        return ""
+    return _find_lack_of_evaluation(what, needs, run) if place == "eval" else ""
+
+
+def _find_lack_of_benchmarks(what: str, needs: str, run: "Run") -> str:
+    if run.eval.leaderboard is None:
+        return needs
+    from dnpo.evaluate.leaderboard import SIX
+
+    wanted = SIX if what == "average" else [what]
+    missing = [name for name in wanted if name not in run.eval.leaderboard.names]
+    return f"{', '.join(missing)} in eval.leaderboard.benchmarks" if missing else ""
+
+
+def _find_lack_of_evaluation(what: str, needs: str, run: "Run") -> str:
+    if what in SCORED:
+        return "" if run.judge.gives_scores else "a judge that gives scores"
+    if what.startswith("engine_"):
+        return "" if getattr(run.generate, "engine", None) is not None else needs
+    kind, _, family = what.partition("/")
+    if kind not in ("accuracy", "majority") and not kind.startswith("pass_at_"):
+        return ""
+    count = kind.removeprefix("pass_at_")
+    if count != kind and count not in ("1", str(run.eval.samples)):
+        return f"eval.samples={count}"
+    rows = run.data.read()[0][run.eval.split]
+    if None in column(rows, "answer"):
+        return f"an answer in every row of the split {run.eval.split}"
+    return f"rows of the family {family}" if family and family not in column(rows, "family") else ""
 
 
 ALWAYS_LAST = KeptPolicy()
