@@ -294,9 +294,9 @@ def _measure(claim: Claim, tracked: Tracked, methods: bool) -> Result:
     runs = tuple({policy.run.id: policy.run for _, policy in needed}.values())
     if methods:
         arms = {policy.run.id: arm for arm, policy in needed}
-        refuse_unlike(runs, lambda run: arms[run.id])
+        notes += refuse_unlike(runs, lambda run: arms[run.id])
     else:
-        refuse_mixture(runs, differing_starts=True, matters=claim.matters)
+        notes += refuse_mixture(runs, differing_starts=True, matters=claim.matters)
     a, b = claim.sides
     values = sample(claim, tracked, seeds, a, b)
     effect = estimate_effect(values)

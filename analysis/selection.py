@@ -11,6 +11,7 @@ from typing import Any
 
 from dnpo import palette
 from dnpo.errors import DataError, DnpoError
+from dnpo.tracking.earlier import TARGET, knows
 from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import FINISHED, SFT, Database, TrackedRun
 from dnpo.wording import plural
@@ -232,7 +233,7 @@ class Runs:
         name: "Callable[[TrackedRun], str] | None" = None,
         own: "Callable[[str], bool] | None" = None,
     ) -> Cells:
-        refuse_mixture(runs, differing_starts=differing_starts, matters=matters, name=name, own=own)
+        assumed = refuse_mixture(runs, differing_starts=differing_starts, matters=matters, name=name, own=own)
         chosen: dict[tuple[str, Iteration, int], TrackedRun] = {}
         again: set[str] = set()
         for run in sorted(runs, key=lambda run: run.started):
@@ -241,7 +242,7 @@ class Runs:
                 if place in chosen and chosen[place].id != run.id:
                     again.add(chosen[place].id)
                 chosen[place] = run
-        notes = list(self.notes)
+        notes = [*self.notes, *assumed]
         if replaced := again - {run.id for run in chosen.values()}:
             notes.append(f"{plural(len(replaced), 'run')} left out: a newer one has the same settings and seed")
         cells = Cells(chosen, tuple(notes))
@@ -324,11 +325,12 @@ def refuse_mixture(
     matters: Sequence[str] = (),
     name: Callable[[TrackedRun], str] | None = None,
     own: Callable[[str], bool] | None = None,
-) -> None:
-    """Refuse runs that differ in settings that are not compared.
+) -> list[str]:
+    """Refuse runs that differ in settings that are not compared; return notes on settings that counted as defaults.
 
     Labels (``dsl.*``) and noise (``npo.*``) may differ between methods but not within one. Every other setting that can
-    change a result must be the same in all runs, except the seed and the number of iterations.
+    change a result must be the same in all runs, except the seed and the number of iterations. A run from before a
+    setting existed has its default, see :mod:`dnpo.tracking.earlier`.
 
     Args:
         differing_starts: whether runs of one method may start at different iterations, as branches do.
@@ -343,17 +345,20 @@ def refuse_mixture(
     for run in runs:
         groups.setdefault((name or method_of)(run), []).append(run)
     own = own or (lambda setting: setting.startswith(DISTINGUISHING))
-    differing: dict[str, Counter[str]] = {}
+    differing: dict[str, Sequence[TrackedRun]] = {}
+    assumed: dict[str, set[str]] = {}
 
-    def note(among: Sequence[TrackedRun], names: Iterable[str]) -> None:
+    def compare(among: Sequence[TrackedRun], names: Iterable[str]) -> None:
         for name in names:
-            values = Counter(_value(run, name) for run in among)
-            if len(values) > 1:
-                differing[name] = values
+            silent = {run.id for run in among if name in run.assumed}
+            if len({_value(run, name) for run in among}) > 1:
+                differing[name] = among
+            elif 0 < len(silent) < len(among):
+                assumed.setdefault(name, set()).update(silent)
 
     every = sorted({name for run in runs for name in run.params if name not in find_neutral(run.params)})
     counting = [name for name in every if _counts(name, matters)]
-    note(runs, [name for name in counting if not own(name)])
+    compare(runs, [name for name in counting if not own(name)])
     differs = [name for name in counting if own(name)]
     for members in groups.values():
         among = [name for name in differs if not (_is_start(name) and (differing_starts or _is_off(members[0], name)))]
@@ -361,26 +366,60 @@ def refuse_mixture(
         for run in members:
             by_seed.setdefault((run.seed, run.params.get("iterations", "")), []).append(run)
         # A constant that matches a run differs between seeds, because the run does.
-        note(members, [name for name in among if name != "npo.shift"])
+        compare(members, [name for name in among if name != "npo.shift"])
         for same in by_seed.values():
-            note(same, [name for name in among if name == "npo.shift"])
+            compare(same, [name for name in among if name == "npo.shift"])
     if differing:
-        lines = [
-            f"{name} is "
-            + ", ".join(f"{value or 'absent'} ({plural(count, 'run')})" for value, count in values.most_common(5))
-            for name, values in list(differing.items())[:SHOWN]
-        ]
+        lines = [f"{name} is {_describe(name, among)}" for name, among in list(differing.items())[:SHOWN]]
         more = f"; and {len(differing) - SHOWN} other settings" if len(differing) > SHOWN else ""
-        first, values = next(iter(differing.items()))
-        value = next(value for value, _ in values.most_common() if value)
+        first, these = next(iter(differing.items()))
+        value = next(value for value, _ in Counter(_value(run, first) for run in these).most_common() if value)
         raise DataError(
             f"runs with different settings in one comparison: {'; '.join(lines)}{more}. Narrow the selection, for "
-            f"example with tag={first}={value}"
+            f"example with tag={first}={value}{_explain_unknown(differing)}"
         )
+    return _say_assumed(assumed, {run.id: run for run in runs})
 
 
-def refuse_unlike(runs: Sequence[TrackedRun], name: Callable[[TrackedRun], str] | None = None) -> None:
+def _describe(name: str, among: Sequence[TrackedRun]) -> str:
+    """The values of a setting, with the numbers of runs, and of those that have it by default."""
+    found = []
+    for value, count in Counter(_value(run, name) for run in among).most_common(5):
+        silent = sum(name in run.assumed for run in among if _value(run, name) == value)
+        default = "" if not silent else ", by default" if silent == count else f", {silent} of them by default"
+        found.append(f"{value or 'absent'} ({plural(count, 'run')}{default})")
+    return ", ".join(found)
+
+
+def _explain_unknown(differing: Mapping[str, Sequence[TrackedRun]]) -> str:
+    """Say that runs are of a newer version, if their parts have settings that this version does not know."""
+    unknown = []
+    for name, among in differing.items():
+        part, _, setting = name.rpartition(".")
+        targets = {run.params.get(f"{part}.{TARGET}", "") for run in among}
+        if any(name not in run.params for run in among) and len(targets) == 1 and not knows(targets.pop(), setting):
+            unknown.append(name)
+    if not unknown:
+        return ""
+    return f". This version of dnpo does not know {', '.join(unknown)}: the version of the newest runs can compare them"
+
+
+def _say_assumed(assumed: Mapping[str, set[str]], runs: Mapping[str, TrackedRun]) -> list[str]:
+    """Notes on the settings that some runs did not record, one for each set of runs."""
+    together: dict[frozenset[str], list[str]] = {}
+    for name, ids in assumed.items():
+        value = runs[min(ids)].params[name]
+        together.setdefault(frozenset(ids), []).append(f"{name}={value}")
+    return [
+        f"{plural(len(ids), 'run')} from before these settings existed, with their defaults: {', '.join(found)}"
+        for ids, found in together.items()
+    ]
+
+
+def refuse_unlike(runs: Sequence[TrackedRun], name: Callable[[TrackedRun], str] | None = None) -> list[str]:
     """Refuse runs that begin differently or are measured differently, and different runs of one method.
+
+    Returns the notes of :func:`refuse_mixture`.
 
     Args:
         name: returns the name of what is compared in a run; None: the name of its method.
@@ -389,7 +428,7 @@ def refuse_unlike(runs: Sequence[TrackedRun], name: Callable[[TrackedRun], str] 
         DataError: names the settings, their values, and how to narrow the selection.
     """
     refuse_judges(runs)
-    refuse_mixture(runs, name=name or _option_of, own=_is_own)
+    return refuse_mixture(runs, name=name or _option_of, own=_is_own)
 
 
 def _option_of(run: TrackedRun) -> str:

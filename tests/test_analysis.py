@@ -159,6 +159,23 @@ def test_mixed_settings_are_refused_by_name(recorder: Recorder, params: dict[str
     assert narrowed.seeds == [1]
 
 
+def test_a_run_from_before_a_setting_counts_with_its_default(recorder: Recorder) -> None:
+    """A note says so; another value is refused, and so is a setting whose default this version cannot know."""
+    part = {"sft._target_": "dnpo.optimise.parts.Optimisation"}
+    recorder.run(SPIN, 0, experiment="settings", params=part)
+    recorder.run(DNPO, 0, experiment="settings", params={**part, "sft.keep": "last", "sft.patience": "0"})
+    note = "1 run from before these settings existed, with their defaults: sft.keep=last, sft.patience=0"
+    assert chosen(recorder, "settings", sweeps=["main"]).chains().notes == (note,)
+    recorder.run(DNPO, 1, experiment="settings", params={**part, "sft.keep": "best"})
+    with pytest.raises(DataError) as error:
+        chosen(recorder, "settings", sweeps=["main"]).chains()
+    assert "comparison: sft.keep is last (2 runs, 1 of them by default), best (1 run). Narrow" in str(error.value)
+    recorder.run(SPIN, 0, experiment="newer", params=part)
+    recorder.run(DNPO, 0, experiment="newer", params={**part, "sft.unheard_of": "7"})
+    with pytest.raises(DataError, match=r"sft\.unheard_of is absent .* does not know sft\.unheard_of: the version of"):
+        chosen(recorder, "newer", sweeps=["main"]).chains()
+
+
 def test_the_same_seed_under_two_settings_is_not_a_repetition(recorder: Recorder) -> None:
     recorder.run(NPO, 0, experiment="alphas")
     recorder.run(NPO, 0, experiment="alphas", params={"npo.alpha": "1.0"})

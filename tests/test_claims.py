@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -499,12 +500,14 @@ def track(
     start: int = 1,
     commit: str = "",
     reused: str = "",
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """One run as the loop leaves it: arm ``new`` is 10 points better from ``start`` on, and right in one half more.
 
     Args:
         commit: the version that made it.
         reused: the version that made its stage ``iteration 0 · optimise``, if another one did.
+        settings: further settings that it records.
     """
     tracking = MLflowTracking(uri=f"sqlite:///{folder / 'mlflow.db'}", artifacts=str(folder / "artifacts"))
     npo = {"old": "off", "new": "trainable"}[arm]
@@ -513,6 +516,7 @@ def track(
     sweep = folder / "multirun"
     sweep.mkdir(exist_ok=True)
     params = {"seed": seed, "iterations": iterations, "npo.start": start, "dsl.start": 0, "objective.beta": beta}
+    params |= settings
     tracking.start(f"{arm} seed={seed}", params, tags, sweep)
     scratch = folder / "scratch"
     scratch.mkdir(exist_ok=True)
@@ -734,6 +738,21 @@ def test_mixed_settings_are_refused_unless_one_is_chosen(known: Path, tmp_path: 
     assert "objective.beta" in found["reason"]
     chosen = outcomes(tmp_path, uri, {}, arguments=("--tag", "objective.beta=0.1"))["one"]
     assert (chosen["outcome"], chosen["seeds"]) == ("supported", 3)
+
+
+def test_runs_from_before_and_after_a_new_setting_are_compared_with_a_note(migrated: Path, tmp_path: Path) -> None:
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    part = {"sft._target_": "dnpo.optimise.parts.Optimisation"}
+    for seed in range(3):
+        for arm in ("old", "new"):
+            track(tmp_path, arm, seed, settings=part | ({"sft.keep": "last"} if seed else {}))
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    found = outcomes(tmp_path, uri, {})["one"]
+    assert (found["outcome"], found["seeds"]) == ("supported", 3)
+    assert found["notes"] == ["2 runs from before these settings existed, with their defaults: sft.keep=last"]
+    track(tmp_path, "new", 0, settings={**part, "sft.keep": "best"})
+    reason = outcomes(tmp_path, uri, {}, status=1)["one"]["reason"]
+    assert "sft.keep is last (5 runs, 1 of them by default), best (1 run)" in reason
 
 
 def test_the_newest_run_counts_and_a_part_that_has_not_started_makes_no_arm() -> None:

@@ -15,7 +15,7 @@ from dnpo.report.selection import select
 from dnpo.running.execute import TRACKED, thin
 from dnpo.settings import flat
 from dnpo.tracking.client import connect
-from dnpo.tracking.earlier import complete
+from dnpo.tracking.earlier import complete, rename
 from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import STEPS_OF, Database, is_of_sweep, iteration_name, read_stage_keys
 from dnpo.tracking.sources import Served, open_source
@@ -232,6 +232,24 @@ def test_a_run_older_than_a_setting_had_its_default() -> None:
     assert (other["reference"], other["ema._target_"]) == ("initial", "dnpo.optimise.parts.MovingAverage")
     assert "generate.engine" not in complete({**before, "generate.engine._target_": "dnpo.generate.server.Server"})
     assert complete({"a": "b"}) == {"a": "b"}
+
+
+def test_earlier_names_of_parts_are_read_as_the_present_ones() -> None:
+    """Otherwise a run of an earlier layout would differ from a present one in parts that only moved."""
+    assert rename(
+        {
+            "trainer._target_": "dnpo.training.Optimisation",
+            "sft._target_": "dnpo.training.Optimisation",
+            "sft.optimizer._partial_": "True",
+            "judge._target_": "dnpo.judges.rules.Rules",
+            "judge.note": "dnpo.judges.rules.Rules",
+        }
+    ) == {
+        "trainer._target_": "dnpo.optimise.parts.PairOptimisation",
+        "sft._target_": "dnpo.optimise.parts.Optimisation",
+        "judge._target_": "dnpo.judges.exact.rules.Rules",
+        "judge.note": "dnpo.judges.rules.Rules",
+    }
 
 
 def test_of_equally_named_sweeps_the_newest_is_reported_and_the_others_are_named(

@@ -1,4 +1,4 @@
-"""Complete the settings of runs that were tracked when dnpo's parts had fewer settings.
+"""Bring the settings of runs of earlier versions up to date: import paths, and settings that did not exist yet.
 
 The default of a new setting does what dnpo did before, so a run without the setting had that default. Without this,
 runs of two versions could not be compared, although they share their stages.
@@ -11,10 +11,25 @@ from functools import cache
 from typing import Any
 
 from dnpo.errors import SettingsError
+from dnpo.former import MOVED, MOVED_AT, PARTIAL
 from dnpo.settings import OWN, locate
 from dnpo.stages.plan import Plan, RunSettings
 
 TARGET = "_target_"
+
+
+def rename(params: Mapping[str, str]) -> dict[str, str]:
+    """Bring the import paths of parts up to date, and leave out ``_partial_``, which no part has any more.
+
+    Args:
+        params: the settings that a run recorded, under dotted names.
+    """
+    found = {}
+    for name, value in params.items():
+        prefix, _, last = name.rpartition(".")
+        if last != PARTIAL:
+            found[name] = MOVED_AT.get((prefix, value), MOVED.get(value, value)) if last == TARGET else value
+    return found
 
 
 def complete(params: Mapping[str, str]) -> dict[str, str]:
@@ -43,6 +58,17 @@ def complete(params: Mapping[str, str]) -> dict[str, str]:
             for setting, value in _defaults_of(target):
                 add(f"{prefix}.{setting}", value)
     return given
+
+
+def knows(target: str, setting: str) -> bool:
+    """Whether this version's part with this import path has a setting; True of parts that are not dnpo's own."""
+    if not target.startswith(OWN):
+        return True
+    try:
+        part = locate(TARGET, target)
+    except SettingsError:
+        return False
+    return not dataclasses.is_dataclass(part) or setting in {each.name for each in dataclasses.fields(part)}
 
 
 def _defaults(part: Any) -> Iterator[tuple[str, str]]:

@@ -20,12 +20,11 @@ from urllib.request import url2pathname
 from dnpo import catalogue
 from dnpo.disk import name_aside
 from dnpo.errors import DataError, TrackingError
-from dnpo.former import MOVED
 from dnpo.records import mean_over_steps
 from dnpo.settings import nearest
 from dnpo.tracking import PARENT_ID
 from dnpo.tracking.client import connect, make_absolute
-from dnpo.tracking.earlier import complete
+from dnpo.tracking.earlier import complete, rename
 from dnpo.tracking.packing import PREFIXES, STAGES, STEPS, unpack
 from dnpo.tracking.sources import Source, StoredRun, open_source
 from dnpo.wording import plural
@@ -50,6 +49,7 @@ class TrackedRun:
         tags: its tags in MLflow, its options (``dnpo.…``) and the keys of its stages (``stage.…``).
         params: settings by dotted name, as text.
         artifacts: address of the artefacts.
+        assumed: settings that the run did not record, because they did not exist yet; ``params`` has their defaults.
     """
 
     id: str
@@ -61,6 +61,7 @@ class TrackedRun:
     params: Mapping[str, str]
     artifacts: str
     _source: Source = field(repr=False, compare=False)
+    assumed: frozenset[str] = frozenset()
 
     @property
     def seed(self) -> int:
@@ -349,6 +350,8 @@ def _local(artifacts: str) -> Path | None:
 def _run(found: StoredRun, source: Source) -> TrackedRun:
     seconds = (found.ended - found.started) / 1000 if found.ended else None
     tags, params = unpack(found.tags, found.params)
+    recorded = rename(params)
+    whole = complete(recorded)
     return TrackedRun(
         found.id,
         found.name,
@@ -356,7 +359,8 @@ def _run(found: StoredRun, source: Source) -> TrackedRun:
         found.started,
         seconds,
         tags,
-        complete({name: MOVED.get(value, value) for name, value in params.items()}),
+        whole,
         found.artifacts,
         source,
+        frozenset(whole.keys() - recorded.keys()),
     )
