@@ -23,6 +23,7 @@ from dnpo.policy.loading import load
 from dnpo.policy.lora import Lora
 from dnpo.policy.model import Policy
 from dnpo.running.export import export, link
+from dnpo.stats.overoptimised import LEARNS_FROM
 from dnpo.store import content_hash, write_json
 from dnpo.store.manifests import seal
 
@@ -250,6 +251,19 @@ def test_a_card_names_method_iteration_data_judge_settings_and_stage(left: Calla
     assert "iteration 0 · optimise" not in text
     assert 'judge.base_url="http://…@y/v1"' in text
     assert "secret" not in text
+
+
+@pytest.mark.parametrize("labelled_by", [*LEARNS_FROM, None])
+@pytest.mark.parametrize("judge", [None, {"_target_": "dnpo.judges.exact.correct.Correct"}])
+def test_a_card_names_the_judge_of_the_scores(
+    judge: dict[str, str] | None, labelled_by: str | None, left: Callable[..., Any]
+) -> None:
+    made = left()
+    made.summary["settings"]["eval"] = {"judge": judge}
+    made.summary |= {} if labelled_by is None else {"labelled_by": labelled_by}
+    *_, card = link(made.summary, made.run)
+    said = f"`eval/score` comes from {'`eval.judge`' if judge else 'the judge named above'}"
+    assert f"{said}{f'; {LEARNS_FROM[labelled_by]}' if labelled_by else ''}.\n" in card.read_text()
 
 
 @pytest.mark.parametrize("rank", [0, 2])

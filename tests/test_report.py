@@ -283,6 +283,22 @@ def test_a_sweep_counts_over_optimised_runs_by_setting(lab: Lab) -> None:
     assert "KL of the policy to its reference" in text  # a table of its own
 
 
+def test_scores_are_doubted_only_where_training_learns_from_their_judge(lab: Lab) -> None:
+    table = [{"iteration": "SFT", "eval/score": 50.0}, {"iteration": 0, "eval/score": 60.0}]
+    for sweep, labellers in {"one": {"dnpo": "same"}, "other": {"spa": "other"}, "none": {"spin": "nobody"}}.items():
+        for method, labelled_by in labellers.items():
+            tags = {"dnpo.method": method, "dnpo.dsl": "score"}
+            lab.run(f"method={method}", table, tags=tags, sweep=sweep, summary={"labelled_by": labelled_by})
+    for method, labelled_by in {"dnpo": "same", "spa": "other", "spin": "nobody"}.items():
+        tags = {"dnpo.method": method, "dnpo.dsl": "score"}
+        lab.run(f"method={method}", table, tags=tags, sweep="all", summary={"labelled_by": labelled_by})
+    doubt = "learns from the judge that gives the scores above; a rise of these scores alone is no evidence."
+    assert f"Training {doubt}" in lab.page("one")[1].text
+    assert "no evidence" not in lab.page("other")[1].text
+    assert "no evidence" not in lab.page("none")[1].text
+    assert f"The training of dnpo {doubt}" in lab.page("all")[1].text
+
+
 def test_a_sweep_without_a_finished_run_has_a_page(lab: Lab) -> None:
     lab.run("method=spin seed=0", None, tags={"dnpo.method": "spin"}, sweep="main", status="KILLED")
     _, page = lab.page("main")
@@ -370,7 +386,7 @@ def test_a_page_begins_with_one_sentence_one_figure_and_one_table_and_ends_with_
             "spin is best with 19.8 points of 100, but no difference is",
         ),
         ([("spin", 19.8, ""), ("dnpo", 9.5, "−10.3 ± 1.3*")], "spin is best with 19.8 points of 100."),
-        ([("dnpo", 20.8, "+1.0 ± 15.3"), ("spin", 19.8, "")], "(+1.0 ± 15.3 from spin, not significant)."),
+        ([("dnpo", 20.8, "+1.0 ± 15.3"), ("spin", 19.8, "")], "(+1.0 ± 15.3 compared with spin, not significant)."),
         ([("dnpo", 20.8, "+1.0 ± 0.3*"), ("spin", 19.8, "")], "(+1.0 ± 0.3 from spin)."),
         ([("spin", 19.8, "")], "spin is best with 19.8 points of 100."),
     ],

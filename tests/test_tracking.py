@@ -27,6 +27,7 @@ from dnpo.report.drawing import Panel, over_iterations, progress
 from dnpo.running import execute, notes
 from dnpo.running.samples import tell_apart
 from dnpo.stats.intervals import Estimate
+from dnpo.stats.overoptimised import LEARNS_FROM
 from dnpo.store import Store
 from dnpo.tracking import RUNNING, end_note
 from dnpo.tracking import sqlite as database
@@ -207,7 +208,7 @@ def test_data_is_not_interpreted_as_markdown() -> None:
 
 
 def test_a_note_describes_a_run_by_its_table() -> None:
-    summary = {"table": ROWS, "seconds": 12.3, "judge_agreement": []}
+    summary = {"table": ROWS, "seconds": 12.3, "judge_agreement": [], "labelled_by": "same"}
     said = notes.describe_results(summary, Path("outputs/x_y"), "abc")
     head = said.splitlines()[0]
     assert head.startswith("**From SFT to iteration 0**: ")
@@ -218,16 +219,26 @@ def test_a_note_describes_a_run_by_its_table() -> None:
     assert "outputs/x\\_y/models" in said
     assert "    dnpo report abc" in said
     still = [{**ROWS[1], "stagnation/ks": 0.05}]
-    assert "the policy no longer changed" in notes.describe_results({**summary, "table": still}, Path("x"), "")
+    said = notes.describe_results({**summary, "table": still}, Path("x"), "")
+    assert "no difference between the new and the rejected answers can be shown" in said
     lines = notes.results(ROWS).splitlines()
     assert lines[0] == "| after iteration | score | accuracy, % | flips, % | KS | held-out loss | seconds |"
     assert lines[2] == "| SFT | 50.0 | 50.0 | – | – | 2.000 | – |"
     assert len({line.count("|") for line in lines}) == 1
 
 
+@pytest.mark.parametrize("labelled_by", LEARNS_FROM)
+def test_a_note_warns_of_scores_only_if_training_learns_from_their_judge(labelled_by: str) -> None:
+    summary = {"table": ROWS, "seconds": 12.3, "judge_agreement": [], "labelled_by": labelled_by}
+    said = notes.describe_results(summary, Path("x"), "")
+    assert f"Here {LEARNS_FROM[labelled_by]}" in said
+    assert ("no evidence" in said) == (labelled_by == "same")
+
+
 def test_a_note_describes_a_run_without_a_judge() -> None:
     rows = [{"iteration": "SFT", "eval/loss": 2.0}, {"iteration": 0, "eval/loss": 1.5}]
-    said = notes.describe_results({"table": rows, "seconds": 1, "judge_agreement": []}, Path("x"), "")
+    summary = {"table": rows, "seconds": 1, "judge_agreement": [], "labelled_by": "nobody"}
+    said = notes.describe_results(summary, Path("x"), "")
     assert said.startswith("**From SFT to iteration 0**: ")
     assert "2.000 to 1.500" in said
     assert "judge" not in said
@@ -529,8 +540,8 @@ def test_tables_that_cannot_be_brought_up_to_date_are_left_as_they_are(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no database at all, but text", "file is not a database.*repair it, give another"),
-        (None, "not a database of MLflow; give another"),
+        (b"no database at all, but text", "file is not a database.*repair it, give another tracking.uri"),
+        (None, "not a database of MLflow; give another tracking.uri"),
     ],
     ids=["text", "another database"],
 )

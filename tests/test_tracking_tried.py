@@ -95,7 +95,7 @@ def test_an_address_without_a_tracking_store_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder.db").mkdir()
     for path, problem in (
         (words, "file is not a database"),
-        (other, "is not a database of MLflow; give another"),
+        (other, "is not a database of MLflow; give another tracking.uri"),
         (tmp_path / "folder.db", "unable to open database file"),
         (words / "mlflow.db", "is not writable"),
         (Path("/proc/mlflow.db"), "cannot be used ("),

@@ -170,9 +170,22 @@ def judges(groups: Groups, items: Items) -> dict[str, Any]:
             (label, iteration, [format_value(values[i], metric(TRUST[i])) for i in shown])
             for label, iteration, values in table
         ],
-        "decides": any(run.option("dsl") not in ("", "off") for run in runs),
+        "caution": _caution(groups),
         "second": _second(runs, items),
     }
+
+
+def _caution(groups: Groups) -> str:
+    """Say which groups learn from the judge that gives their scores, so that its scores prove little; "" if none."""
+    own = [
+        group.label
+        for group in groups.groups
+        if any(is_complete(m.run) and m.run.summary.get("labelled_by") == "same" for m in group.members)
+    ]
+    if not own:
+        return ""
+    whose = "Training" if len(own) == len(groups.groups) else f"The training of {', '.join(own)}"
+    return f"{whose} learns from the judge that gives the scores above; a rise of these scores alone is no evidence."
 
 
 def _name_judge(run: TrackedRun) -> str:

@@ -49,7 +49,7 @@ def warnings(groups: Groups, sweep: bool) -> list[str]:
                 "figures of these measures over iterations show it."
             )
         elif warned:
-            found += [describe_overoptimisation(each, "The figure of each by iteration") for each in warned.values()]
+            found += [describe_overoptimisation(each, "the figures over iterations") for each in warned.values()]
     return found
 
 
@@ -107,7 +107,7 @@ class Ranking:
         words = words.rstrip()
         if difference:
             doubt = "" if difference.endswith("*") else ", not significant"
-            return f"{words} ({difference.rstrip('*')} from {self.baseline}{doubt})."
+            return f"{words} ({difference.rstrip('*')} compared with {self.baseline}{doubt})."
         if self.differ and not self.significant:
             return f"{words}, but no difference is significant."
         return f"{words}."

@@ -82,7 +82,7 @@ def _newest(database: Database, runs: Sequence[TrackedRun]) -> Selection:
     if not older:
         return selection
     names = ", ".join(f"{key[:12] or 'without a sweep'} ({plural(len(some), 'run')})" for key, some in older)
-    left_out = f"Only the newest sweep of this name is shown. Older ones, which can be given by their ids: {names}."
+    left_out = f"Only the newest sweep of this name is shown. Older ones can be given by their ids: {names}."
     return replace(selection, left_out=left_out)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from dnpo.escape import for_markdown, for_markdown_code, for_terminal
 from dnpo.policy.base import read_saved
+from dnpo.stats.overoptimised import LEARNS_FROM
 from dnpo.store import manifest
 
 Kind = Literal["full", "adapter", "base"]
@@ -309,12 +310,16 @@ def _numbers(saved: SavedPolicy) -> str:
         f"| {for_markdown(name)} | {value:.4g} |" if isinstance(value, float) else f"| {for_markdown(name)} | {value} |"
         for name, value in known.items()
     ]
-    judged = " `eval/score` comes from the judge named above, which also labels the pairs if labels are by score."
     split = _code(saved.setting("eval", "split", "test"))
-    text = f"On the split {split}; losses are means over the last tenth of the steps, log-probabilities are in nats."
-    return "\n".join(
-        [f"{text}{judged if 'eval/score' in known else ''}\n", "| metric | value |", "| --- | --- |", *rows]
+    text = (
+        f"On the split {split}; `loss/policy` and `loss/noise` are means over the last tenth of the steps, "
+        "log-probabilities are in nats."
     )
+    if "eval/score" in known:
+        judge = "`eval.judge`" if saved.setting("eval", "judge") else "the judge named above"
+        learns = LEARNS_FROM.get(saved.summary.get("labelled_by", ""))  # runs of earlier versions do not say
+        text += f" `eval/score` comes from {judge}{f'; {learns}' if learns else ''}."
+    return "\n".join([f"{text}\n", "| metric | value |", "| --- | --- |", *rows])
 
 
 def _stages(saved: SavedPolicy) -> str:

@@ -25,7 +25,7 @@ from dnpo.running.samples import sample_table
 from dnpo.stages.agreement import read_agreement
 from dnpo.stages.files import count_labels
 from dnpo.stages.plan import Iteration
-from dnpo.stats.overoptimised import describe_overoptimisation, find_overoptimisation
+from dnpo.stats.overoptimised import LEARNS_FROM, describe_overoptimisation, find_overoptimisation
 from dnpo.store import Stage, Store, manifest, provenance, write_json
 from dnpo.store.provenance import commit
 from dnpo.tables import GROUP
@@ -39,12 +39,6 @@ PROGRESS = "progress.png"  # the figure of a run's measures by iteration
 GENERATED = ("cut", "responses", "tokens", "engine_mean", "engine_max")  # counts and measurements of generation
 TRACKED = 5000  # number of a training's steps that are tracked with all metrics; MLflow takes milliseconds for each
 SATURATED = 0.15  # a step whose mean σ(−margin) is below this counts as saturated
-
-LABELS = {  # how the judge that training learns from compares with the judge of the evaluations
-    "same": "training learns from the judge that gives these scores",
-    "other": "training learns from another judge",
-    "nobody": "no judge labels the pairs",
-}
 
 
 def tags(choices: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, str]:
@@ -146,7 +140,7 @@ def _read_sources(prompts: Stage, store: Store) -> dict[str, Any]:
 
 
 def find_labeller(iterations: Sequence[Iteration]) -> str:
-    """Compare the judge that training learns from with the judge of the evaluations; return a key of ``LABELS``."""
+    """Compare the judge that training learns from with that of the evaluations; return a key of ``LEARNS_FROM``."""
     trained = [each.policy for each in iterations]  # a live training judges and labels itself
     stages = [stage for each in iterations for stage in (each.verdicts, each.labelled) if stage is not None] + trained
     judges = [stage.settings["judge"] for stage in stages if "judge" in stage.settings]
@@ -447,14 +441,15 @@ def show(
         show_briefly(console, rows, [find_items(iteration, store) for iteration in iterations[: len(rows)]], by)
     if any("eval/score" in row for row in rows):
         console.tell(
-            f"score: judge's mean on sampled held-out answers (0-100); {LABELS[summary['labelled_by']]}. Accuracies: "
-            "greedy answers."
+            f"score: judge's mean on sampled held-out answers (0-100); {LEARNS_FROM[summary['labelled_by']]}. "
+            "Accuracies: greedy answers."
         )
     if any("second/score" in row for row in rows):
         console.tell("2nd: the second judge's mean on the same answers; this judge labels nothing.")
     if wide:
         console.tell(
-            "Losses: mean over the last tenth of the steps. log p: summed log-probability under the new policy, nats."
+            "Policy and noise losses: mean over the last tenth of the steps. log p: summed log-probability under the "
+            "new policy, nats."
         )
     for text in _remarks(summary):
         console.tell(text)

@@ -13,7 +13,7 @@ from dnpo.data.mix import describe_sources
 from dnpo.escape import for_markdown, for_terminal
 from dnpo.judges.agreement import sentence
 from dnpo.running import best
-from dnpo.stats.overoptimised import describe_overoptimisation
+from dnpo.stats.overoptimised import LEARNS_FROM, describe_overoptimisation
 from dnpo.stats.table import markdown
 from dnpo.tracking.client import strip_password
 
@@ -132,7 +132,7 @@ def describe_results(summary: Mapping[str, Any], folder: Path, run: str) -> str:
         *_warnings(summary),
         *(f"- {escape(each)}" for each in best.sentences(summary)),
         *([f"- {escape(describe_sources(summary['sources']))}."] if "sources" in summary else []),
-        *(f"- {each}" for each in _sentences(table)),
+        *(f"- {each}" for each in _sentences(summary)),
         *(f"- The judge {escape(sentence(entry))}." for entry in summary["judge_agreement"]),
         f"- It took {summary['seconds']:,.0f} s; computing its stages took {seconds:,.0f} s.",
         f"- Models: {escape(folder / 'models')}, one folder for each policy, ready to load.",
@@ -180,15 +180,17 @@ def _cell(row: Mapping[str, Any], column: Metric) -> str:
     return column.format(row[column.name]) if _has(row, column.name) else "–"
 
 
-def _sentences(table: Sequence[Mapping[str, Any]]) -> list[str]:
+def _sentences(summary: Mapping[str, Any]) -> list[str]:
     """Return remarks on how to read a run's table."""
+    table: Sequence[Mapping[str, Any]] = summary["table"]
     sentences = []
     human = next((row["eval/score_human"] for row in table if _has(row, "eval/score_human")), None)
     if human is not None:
+        caution = ", so a rise of these scores alone is no evidence" if summary["labelled_by"] == "same" else ""
         sentences.append(
             f"Scores are the judge's mean on sampled answers, 0-100; the human responses have "
             f"{metric('eval/score_human').format(human)}. "
-            "If it also labels the pairs or rewards the responses, the policy is trained on this measure."
+            f"Here {LEARNS_FROM[summary['labelled_by']]}{caution}."
         )
     if any(_has(row, "pairs/flipped") for row in table):
         flips = "; ".join(
@@ -203,9 +205,9 @@ def _sentences(table: Sequence[Mapping[str, Any]]) -> list[str]:
         last = moved[-1]
         ks, critical = last["stagnation/ks"], last["stagnation/ks_critical"]
         verdict = (
-            "the new answers differ from the rejected ones: the policy still changed"
+            "the new answers differ from the rejected ones, so the policy still changed"
             if ks > critical
-            else "the new answers do not differ from the rejected ones: the policy no longer changed"
+            else "no difference between the new and the rejected answers can be shown"
         )
         sentences.append(
             f"In the last iteration {verdict} (Kolmogorov-Smirnov distance "

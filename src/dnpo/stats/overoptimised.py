@@ -11,6 +11,11 @@ from dnpo.stats.intervals import Estimate
 
 SCORE, LOSS = "eval/score", "eval/loss"
 OTHERS = ("second/score", "eval/accuracy")  # measures that nothing is trained on
+LEARNS_FROM = {  # how the judge that training learns from compares with the judge of the evaluations
+    "same": "training learns from the judge that gives these scores",
+    "other": "training learns from another judge",
+    "nobody": "no judge labels the pairs",
+}
 
 
 def find_overoptimisation(gains: Mapping[str, Estimate]) -> dict[str, Any] | None:
@@ -39,15 +44,15 @@ def find_overoptimisation(gains: Mapping[str, Estimate]) -> dict[str, Any] | Non
 
 
 def describe_overoptimisation(found: Mapping[str, Mapping[str, float]], figure: str) -> str:
-    """Describe what :func:`find_overoptimisation` found, in two sentences.
+    """Describe what :func:`find_overoptimisation` found, in three sentences.
 
     Args:
-        figure: where the measures are drawn, such as ``progress.png``; the last sentence begins with it.
+        figure: where the measures are drawn, such as ``progress.png``.
     """
     gained, *against = (_describe(name, gain) for name, gain in found.items())
     return (
         f"Over-optimised? The policy is better by the judge that it learns from ({gained}), but other measures "
-        f"disagree: {'; '.join(against)}. {figure} shows them."
+        f"disagree: {'; '.join(against)}. See {figure}."
     )
 
 

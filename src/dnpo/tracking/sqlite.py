@@ -22,7 +22,8 @@ from dnpo.escape import say
 
 SQLITE = "sqlite:///"
 PATIENCE = 20.0  # seconds to wait for a lock of another program
-REPAIR = "repair it, give another or run with tracking=off"
+OTHER = "give another tracking.uri"
+REPAIR = f"repair it, {OTHER} or run with tracking=off"
 
 
 def file_of(uri: str) -> Path | None:
@@ -80,7 +81,7 @@ def try_file(file: Path) -> None:
             database.execute("begin immediate")
             database.rollback()
         if file.stat().st_size and not _has(file, "experiments"):
-            raise TrackingError(f"tracking.uri={SQLITE}{file}: it is not a database of MLflow; give another")
+            raise TrackingError(f"tracking.uri={SQLITE}{file}: it is not a database of MLflow; {OTHER}")
 
 
 def _mlflow() -> Any:
@@ -102,10 +103,10 @@ def _upgrade(file: Path, aside: Path) -> None:
     if _has_runs_in_progress(file):
         raise TrackingError(
             f"tracking.uri={SQLITE}{file}: a run is being tracked there by another MLflow than this one ({VERSION}), "
-            "which has other tables; wait until it has ended, or give another"
+            f"which has other tables; wait until it has ended, or {OTHER}"
         )
     if not _has(file, "experiments"):
-        raise TrackingError(f"tracking.uri={SQLITE}{file}: it is not a database of MLflow; give another")
+        raise TrackingError(f"tracking.uri={SQLITE}{file}: it is not a database of MLflow; {OTHER}")
     kept = file.with_name(f"{file.name}.before-{_mlflow()._get_latest_schema_revision()}")
     _copy(file, aside)
     _remove(kept)
@@ -117,7 +118,7 @@ def _upgrade(file: Path, aside: Path) -> None:
             raise TrackingError(
                 f"tracking.uri={SQLITE}{file}: its tables (version {_version(file) or 'none'}) cannot be migrated "
                 f"to MLflow {VERSION} ({shorten(error)}). It is left as it was; install the MLflow that "
-                "wrote it last, give another or run with tracking=off"
+                f"wrote it last, {OTHER} or run with tracking=off"
             ) from error
         _remove(aside)
         _write_tables(aside)
@@ -220,7 +221,7 @@ def advise(error: BaseException) -> str:
     if "full" in text or "no space" in text:
         return "make room, then run the same command again"
     if "readonly" in text or "read-only" in text or "permission" in text or "unable to open" in text:
-        return "expected a file and a folder that can be written; change their permissions or give another"
+        return f"expected a file and a folder that can be written; change their permissions or {OTHER}"
     return REPAIR
 
 
