@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,8 +86,24 @@ def test_a_finished_run_can_be_inspected(tiny: Path) -> None:
     assert result.policy() == result.policy(1)
     with pytest.raises(SettingsError, match="iteration 7: this run has SFT, 0, 1"):
         result.samples(7)
-    with pytest.raises(SettingsError, match="has no stage pairs"):
+    with pytest.raises(SettingsError, match="iteration SFT: was trained on no pairs"):
         result.pairs("SFT")  # type: ignore[arg-type]
+
+
+def test_pairs_are_those_that_an_iteration_was_trained_on(tiny: Path, tmp_path: Path) -> None:
+    """A curriculum chooses among the labelled ones; a training with rollouts makes its own."""
+    result = dnpo.open(next(tiny.glob("outputs/*/*/summary.json")).parent)
+    labelled, stages = result.pairs(1), result.summary["stages"]
+    policies = tuple(replace(policy, store=tmp_path) for policy in result._policies)
+    key = next(stage["key"] for stage in stages if (stage["stage"], stage["iteration"]) == ("optimise", 1))
+    for rows, name, found in (
+        (3, "curriculum/chosen", [*stages, {"stage": "curriculum", "key": "chosen", "iteration": 1}]),
+        (2, f"optimise/{key}", [stage for stage in stages if stage["stage"] != "pairs"]),
+    ):
+        (tmp_path / name).mkdir(parents=True)
+        labelled.head(rows).to_parquet(tmp_path / name / "pairs.parquet")
+        other = replace(result, summary={**result.summary, "stages": found}, _policies=policies)
+        assert list(other.pairs(1)["id"]) == list(labelled["id"].head(rows))
 
 
 def test_refusals_and_missing_runs_are_reported(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,16 +187,24 @@ class Result:
     def pairs(self, iteration: int | None = None) -> "pd.DataFrame":
         """The pairs that an iteration was trained on, one per row; columns as in :class:`dnpo.records.Pair`.
 
+        If there is a curriculum, these are the pairs that it chose, with their weights.
+
         Args:
             iteration: its number; None for the last.
 
         Raises:
-            SettingsError: the iteration has no stage of pairs, since they are made in training (``rollout=live``).
+            SettingsError: the iteration was trained on no pairs.
         """
         import pandas as pd
 
-        stage = self._stage("pairs", self.iterations[-1] if iteration is None else iteration)
-        return pd.read_parquet(self._folder(stage) / "pairs.parquet")
+        from dnpo.running.push import TRAINED_ON
+
+        wanted = self.iterations[-1 if iteration is None else self._place(iteration)]
+        own = {stage["stage"]: stage for stage in self.summary["stages"] if stage["iteration"] == wanted}
+        for name in TRAINED_ON:
+            if name in own and (file := self._folder(own[name]) / "pairs.parquet").is_file():
+                return pd.read_parquet(file)
+        raise SettingsError(f"iteration {wanted}: was trained on no pairs")
 
     def policy(self, iteration: str | int | None = None) -> Path:
         """The folder of a policy, with its card; transformers and vLLM can load it.

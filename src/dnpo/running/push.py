@@ -22,6 +22,7 @@ from dnpo.running.export import CARD
 from dnpo.running.secrets import KEY, PASSWORD, QUERY
 
 PAIRS = "pairs.jsonl"
+TRAINED_ON = ("curriculum", "pairs", "optimise")  # stages with the pairs of an iteration; a live training makes its own
 TEXTS = (".md", ".json", ".jinja", ".txt")  # files of a model that are searched
 NAMES_A_PATH = ("name_or_path", "_name_or_path", "base_model_name_or_path")  # fields that libraries write
 SHORTEST = 3  # minimum length of the name of a user or a machine to look for
@@ -84,7 +85,7 @@ def push(
 def find_pairs(policy: SavedPolicy) -> Path | None:
     """The file with the pairs that a policy was trained on; None if it was trained on none."""
     own = [stage for stage in policy.summary["stages"] if stage["iteration"] == policy.row["iteration"]]
-    for name in ("curriculum", "pairs", "optimise"):  # a live training makes its pairs itself
+    for name in TRAINED_ON:
         for stage in own:
             path = policy.store / str(stage["stage"]) / str(stage["key"]) / PAIRS
             if stage["stage"] == name and path.is_file():
