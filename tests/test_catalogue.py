@@ -1,4 +1,4 @@
-"""The catalogue of metrics: it has what runs track, refuses what it does not have, and is all that anyone reads."""
+"""The catalogue of metrics: it has what runs track, refuses what it does not have, and alone has names and units."""
 
 import ast
 import re

@@ -279,6 +279,10 @@ def test_code_is_off_until_asked_for() -> None:
     objection = UnitTests().accepts([prompt])
     assert objection is not None
     assert "judge.i_know_this_runs_code=true" in objection
+    assert "closed off from files and network; if the system cannot do this, none is run" in objection
+    open_to_all = UnitTests(isolation="none").accepts([prompt])
+    assert open_to_all is not None
+    assert "but not closed off from files and network (judge.isolation=none)" in open_to_all
     with pytest.raises(JudgeError, match="i_know_this_runs_code"):
         verdicts(UnitTests(), [prompt], [Response("p", HUMAN, GOOD, [1], 1, "eos")])
 

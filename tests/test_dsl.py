@@ -1,7 +1,9 @@
 """Dynamic sample labelling: equation 2 of the DNPO paper, and the treatment of pairs that cannot be labelled."""
 
+import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -275,12 +277,22 @@ def test_the_setting_for_unscored_pairs_has_three_values() -> None:
 def test_the_reasons_for_having_no_pair_are_reported() -> None:
     """The message has the number of each kind and the setting that would help."""
     counts = {"pairs": 0, "flipped": 0, "identical": 1200, "unscored": 3}
-    text = explain(counts)
+    text = explain(counts, HigherScoreChosen())
     assert "1,200 responses are identical" in text
     assert "generate.temperature" in text
-    assert "3 pairs lack a score" in text
-    assert "dsl.unscored" in text
-    assert explain({**counts, "identical": 0, "unscored": 0}) == "the labeller (dsl=…) has dropped all of them"
+    assert "3 responses lack a score" in text
+    assert "dsl.unscored=keep_human" in text
+    none = {**counts, "identical": 0, "unscored": 0}
+    assert explain(none, HigherScoreChosen()) == "the labeller (dsl=…) has dropped all of them"
+
+
+@pytest.mark.parametrize("labeller", [Best(), Right(), BestWorst(), Ranked(), RandomPairs(), FirstTwo()])
+def test_advice_names_only_settings_of_the_labeller(labeller: Labeller) -> None:
+    counts = labels_of(labeller, [None, None]).counts
+    text = explain(counts, labeller)
+    assert "2 responses lack a score" in text
+    given = re.findall(r"dsl\.(\w+)", text)
+    assert set(given) <= {field.name for field in dataclasses.fields(labeller)}  # type: ignore[arg-type]
 
 
 # --- rules over several samples
@@ -355,7 +367,7 @@ def test_equal_samples_are_one_candidate(labeller: Labeller) -> None:
     found = labels_of(labeller, [50.0, 60.0, 50.0], [[1, 2], [1, 2], [1, 2]])
     assert found.pairs == []
     assert (found.counts["repeated"], found.counts["identical"]) == (2, 1)
-    assert "identical" in explain(found.counts)
+    assert "identical" in explain(found.counts, labeller)
 
 
 def test_random_pairs_use_each_sample_once_and_choose_the_better() -> None:
@@ -378,8 +390,8 @@ def test_the_limit_on_pairs_draws_by_the_seed() -> None:
 def test_prompts_without_a_right_answer_are_counted_and_reported() -> None:
     found = labels_of(Right(), [0.0, 50.0])
     assert found.counts["wrong"] == 1
-    assert "1 prompts have no right answer" in explain(found.counts)
-    assert "pass@2 is 0 in this iteration" in explain(found.counts)
+    assert "1 prompts have no right answer" in explain(found.counts, Right())
+    assert "pass@2 is 0 in this iteration" in explain(found.counts, Right())
 
 
 def test_a_strength_below_one_half_swaps_the_pair() -> None:

@@ -1,6 +1,6 @@
 """Evaluation: every metric against a count by hand or by brute force on the same rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +8,17 @@ import pytest
 import torch
 from scipy.stats import kstwobign
 
+from dnpo.errors import JudgeError
 from dnpo.evaluate import Evaluation, Held
 from dnpo.evaluate.metrics import evaluate, ks_critical
 from dnpo.generate import Sampling
+from dnpo.judges import make_verdict
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.exact.rules import Rules
 from dnpo.judges.off import NoJudge
 from dnpo.policy.model import Policy
-from dnpo.records import Item, Response, Verdict
+from dnpo.records import Item, Prompt, Response, Verdict
+from dnpo.store import Report as AnyReport
 from dnpo.tables import read
 from tests.conftest import Report, World
 
@@ -46,6 +49,40 @@ def measured(make_policy: MakePolicy, world: World, tmp_path: Path) -> tuple[dic
         report=Report(),
     )
     return metrics, tmp_path
+
+
+class Silent(Rules):
+    """A judge that gives no score."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: AnyReport
+    ) -> list[Verdict]:
+        return [make_verdict(response, None, "no answer") for response in responses]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_errors_of_the_judge_name_its_place(own: bool, make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+    """A judge of evaluations alone is ``eval.judge``."""
+    held, sampling = Held(world.prompts[:2], world.human[:2]), Sampling(batch_size=16)
+    with pytest.raises(JudgeError) as caught:
+        evaluate(
+            make_policy(),
+            Evaluation(samples=1, sequences=2, judge=Silent() if own else None),
+            held,
+            Silent(),
+            Ledger(tmp_path / "ledger.sqlite"),
+            sampling,
+            again=sampling,
+            pairs=None,
+            train=held,
+            source="policy@1",
+            limit=4,
+            seed=0,
+            folder=tmp_path,
+            report=Report(),
+        )
+    assert ("raise eval.judge.max_unscored" in str(caught.value)) == own
+    assert ("raise judge.max_unscored" in str(caught.value)) != own
 
 
 def test_scores_and_duels_follow_the_verdicts(measured: tuple[dict[str, float], Path]) -> None:

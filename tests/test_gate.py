@@ -1,4 +1,4 @@
-"""The gate: some test here triggers each of its lines."""
+"""The gate: each of its lines is triggered by some test here."""
 
 import json
 import os
@@ -24,6 +24,7 @@ from dnpo.generate import Sampling
 from dnpo.judges import Canary, Judge
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.asked.openai import OpenAI
+from dnpo.judges.exact.code import UnitTests
 from dnpo.judges.exact.rules import Rules
 from dnpo.judges.off import NoJudge
 from dnpo.loop import chain
@@ -39,7 +40,7 @@ from dnpo.records import HUMAN, Prompt, Response, Verdict
 from dnpo.running.console import Console
 from dnpo.running.gate import chain as chain_check
 from dnpo.running.gate import gate, judge, machine, needs, rows, show, text
-from dnpo.running.gate.finding import Finding, refuse
+from dnpo.running.gate.finding import OWN_ERROR, Finding, refuse
 from dnpo.settings import conf_folder
 from dnpo.stages.plan import Iteration, Run
 from dnpo.store import Store
@@ -95,7 +96,7 @@ def fires(finding: Finding, level: str, *said: str) -> None:
     assert finding.level == level, finding
     for words in said:
         assert words in f"{finding.name}: {finding.text} → {finding.setting}", finding
-    assert level == "pass" or finding.setting
+    assert level == "pass" or finding.setting or finding.text.endswith(OWN_ERROR)
 
 
 # --- template and tokens
@@ -266,7 +267,7 @@ def test_eos_that_is_appended_to_a_cut_response_stops(tokenizer: Any, limit: int
         return Response(prompt.id, HUMAN, prompt.human, kept, len(kept), "eos")
 
     found = text.no_eos_where_cut(tokenizer, [2], encoded(tokenizer), limit, cut=appended)
-    fires(found, "stop", "8 of 8 human responses", "human_response")
+    fires(found, "stop", "8 of 8 human responses", OWN_ERROR)
 
 
 def test_response_that_is_cut_to_too_many_tokens_stops(tokenizer: Any) -> None:
@@ -348,11 +349,11 @@ def test_prompts_of_the_iterations_are_counted() -> None:
     assert rows.used(plans(All(), All()), some) == []
     fresh = Fresh(shares=[1, 3])
     (found,) = rows.used(plans(fresh, fresh), some)
-    fires(found, "pass", "of 40 training prompts the iterations use 10, 30")
+    fires(found, "pass", "of 40 training prompts, iterations 0 and 1 use 10 and 30")
     paired = [replace(each, rejected="No.") if i < 36 else each for i, each in enumerate(some)]
     seeded = Fresh(shares=[1, 1], seed_share=0.1)
     (found,) = rows.used(plans(seeded, seeded, All()), paired)
-    fires(found, "warn", "use 36, 2, 40; in iteration 1 the prompts do not fill one policy step", "seed_pairs=share")
+    fires(found, "warn", "use 36, 2 and 40; in iteration 1 the prompts do not fill one policy step", "seed_pairs=share")
     (found,) = rows.used(plans(All(), Fresh(shares=[1])), some)
     fires(found, "stop", "prompts.shares=[1]: has 1 parts, but iterations=2 needs 2", "prompts=…")
 
@@ -445,10 +446,16 @@ def test_the_limit_on_prompts_names_its_source(local: Path, tmp_path: Path) -> N
         (refuse("judge", JudgeError("judge.path=x: is no model"), "y"), "judge.path=x: is no model. Change y"),
         (refuse("judge", JudgeError("x is no model"), "y"), "judge: x is no model. Change y"),
         (refuse("model", ModelError("modelling fails"), "y"), "model: modelling fails. Change y"),
+        (Finding("model", "stop", f"it fails; {OWN_ERROR}"), f"model: it fails; {OWN_ERROR}"),
     ],
 )
 def test_refusal_names_the_check_once(finding: Finding, said: str) -> None:
     assert finding.refusal == said
+
+
+def test_a_judge_of_evaluations_is_named_by_its_place() -> None:
+    found = judge.measuring(UnitTests(), [row("a", "What is 1 plus 2?")], "test")
+    fires(found, "stop", "Set eval.judge.i_know_this_runs_code=true", "eval.judge=…")
 
 
 def test_parts_used_after_training_are_checked_before(local: Path, tmp_path: Path) -> None:
@@ -470,10 +477,15 @@ def test_lengths() -> None:
     fires(rows.lengths("train", 9, [(5, 7), (8, 8)], 8, 8, False), "pass", "2 of 9 train rows", "8 tokens of 8")
     said = rows.lengths("train", 4, [(5, 7), (9, 8), (5, 9), (3, 3)], 8, 8, False)
     fires(
-        said, "warn", "1 have too long a prompt", "25.0%", "1 have too long a response and are cut", "data.max_prompt"
+        said,
+        "warn",
+        "1 of 4 train rows have too long a prompt",
+        "25.0%",
+        "1 have too long a response and are cut",
+        "max_prompt",
     )
     said = rows.lengths("train", 4, [(5, 7), (9, 9), (5, 9), (3, 3)], 8, 8, True)
-    fires(said, "warn", "1 have too long a prompt", "1 have too long a response and are dropped")
+    fires(said, "warn", "1 of 4 train rows have too long a prompt", "1 have too long a response and are dropped")
     fires(rows.lengths("test", 2, [(9, 1), (12, 1)], 8, 8, False), "stop", "none of the 2 test prompts fits into 8")
     said = rows.lengths("test", 2, [(9, 1), (2, 9)], 8, 8, True)
     fires(said, "stop", "all would be dropped", "data.long_responses=cut")
@@ -699,14 +711,15 @@ def laid_out(*overrides: str) -> tuple[Run, list[Iteration]]:
 
 def test_reference_is_the_policy_it_starts_from() -> None:
     run, iterations = laid_out("npo.cache_hidden=on")
-    fires(chain_check.reference(iterations, run.plans), "pass", "2 iterations", "the policy it starts from")
+    said = "the reference of every iteration is the policy it starts from"
+    fires(chain_check.reference(iterations, run.plans), "pass", said)
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
         (["reference=initial"], "the initial policy"),
-        (["reference=[start,initial]"], "the policy it starts from, then the initial policy"),
+        (["reference=[start,initial]"], "the policy it starts from; from iteration 1 on it is the initial policy"),
         (["start=initial"], "the policy it starts from"),
         (["method=dpo", "objective=orpo", "reference=none"], "none"),
     ],
@@ -735,7 +748,9 @@ def test_a_stage_with_the_wrong_input_stops(which: str) -> None:
         "unread": lambda: replace(iteration, policy=replace(iteration.policy, inputs={"policy": iterations[1].policy})),
     }[which]()
     said = "does not read" if which == "unread" else "should start from iteration 0 · optimise"
-    fires(chain_check.reference([*iterations[:2], wrong], run.plans), "stop", "iteration 1", said)
+    found = chain_check.reference([*iterations[:2], wrong], run.plans)
+    fires(found, "stop", "iteration 1", said)
+    assert found.refusal.endswith(OWN_ERROR), "no setting helps, so none is named"
 
 
 def _from(stage: Any, policy: Any) -> Any:

@@ -123,15 +123,17 @@ class Counts(NamedTuple):
 
 REASONS = {
     "identical": "responses are identical (a higher generate.temperature varies them)",
-    "unscored": "pairs lack a score (look at judge.…; dsl.unscored=keep_human keeps them, labelled by origin)",
+    "unscored": "responses lack a score (look at judge.…)",
     "tied": "prompts have candidates with equal scores",
     "wrong": "prompts have no right answer",
 }
 
 
-def explain(counts: Mapping[str, int | float]) -> str:
+def explain(counts: Mapping[str, int | float], labeller: Labeller) -> str:
     """Explain why :func:`label` made no pair, and what to do about it."""
     found = [f"{counts[name]:,} {reason}" for name, reason in REASONS.items() if counts.get(name)]
+    if counts.get("unscored") and isinstance(labeller, HigherScoreChosen):
+        found.append("dsl.unscored=keep_human keeps pairs that lack a score, labelled by origin")
     passed = [
         f"{name.replace('_at_', '@')} is {counts[name]:.3g} in this iteration" for name in counts if "pass_at" in name
     ]
@@ -396,7 +398,7 @@ class Best(AmongGenerated):
 
     gives_pairs: ClassVar[bool] = False
     fewest: ClassVar[int] = 1
-    nothing: ClassVar[str] = "unscored"
+    nothing: ClassVar[str] = ""  # then all samples lack a score, and are counted one by one
 
     def __call__(self, prompt: Prompt, candidates: Sequence[Candidate]) -> list[Labelled]:
         """One response without a counterpart; the first of several best ones."""

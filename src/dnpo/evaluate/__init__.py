@@ -11,6 +11,7 @@ from dnpo.records import Prompt, Response
 from dnpo.settings import Count, neutral
 
 Split = Literal["validation", "test"]
+OWN_JUDGE = {"judge": "eval.judge"}  # errors of a judge name the setting judge=…, which is eval.judge=… here
 LEADERBOARD = {field.name: f"eval.leaderboard.{field.name}" for field in fields(Leaderboard)}  # settings, in a run
 
 
@@ -52,9 +53,9 @@ class Evaluation:
         samples: number of fresh samples for each held-out prompt.
         sequences: number of the iteration's pairs whose log-probabilities are kept; each of their prompts gets one
             fresh sample. The Kolmogorov-Smirnov distance compares the pairs whose fresh sample differs from the human
-            response; it needs 1,200 pairs or more to rise above chance.
+            response; with few pairs a small distance cannot be told from chance: with 1,200 it must exceed 0.055.
         texts: compares new texts with the positive samples, in a separate stage; None: no comparison.
-        leaderboard: benchmarks by lm-eval after every iteration, in a separate stage; None: no benchmarks.
+        leaderboard: benchmarks by lm-eval for every policy, in a separate stage; None: no benchmarks.
         measures: further measures by name, each in a separate stage.
         judge: gives the scores; None: the judge that labels pairs gives them, if its scores measure quality.
         initial: whether to estimate the KL divergence from the initial policy, in a separate stage.

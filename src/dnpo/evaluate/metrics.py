@@ -1,7 +1,7 @@
 """Measure a policy: metrics, and the rows and log-probabilities behind them.
 
 With a judge: scores of greedy and of sampled responses, and duels of fresh samples with human responses. With
-verifiable answers: accuracy of greedy responses by family, pass@k and majority vote of the samples, and the number of
+verifiable answers: accuracy of greedy responses by family, pass@k and majority vote of the samples, and the share of
 pairs with the wrong answer chosen. Always: held-out loss of human responses, lengths, and log-probabilities of chosen,
 rejected and new responses under the new policy. Distances between the log-probabilities of rejected and of new
 responses measure stagnation.
@@ -20,7 +20,7 @@ import numpy as np
 
 from dnpo import ranks
 from dnpo.data.verifiable import correct, is_right, read_answer
-from dnpo.evaluate import Evaluation, Held
+from dnpo.evaluate import OWN_JUDGE, Evaluation, Held
 from dnpo.evaluate.distances import ks, overlap, overlap_by_chance, wasserstein
 from dnpo.generate import Sampling
 from dnpo.generate.engines import Engines
@@ -30,6 +30,7 @@ from dnpo.judges.asked.ledger import Ledger
 from dnpo.policy.model import Policy
 from dnpo.records import Item, Pair, Prompt, Response, Verdict
 from dnpo.seeding import derive
+from dnpo.settings import named_within
 from dnpo.stats.sampling import majority, pass_at_k
 from dnpo.store import Report
 from dnpo.tables import column, take, with_ids, write
@@ -104,7 +105,8 @@ def evaluate(
     verdicts: list[Verdict] = []
     if judge.gives_scores:
         responses = [*held.human, *greedy, *fresh]
-        verdicts = judge_responses(judge, [*held.prompts, *several], responses, ledger, report)
+        with named_within(OWN_JUDGE if evaluation.judge is not None else {}):
+            verdicts = judge_responses(judge, [*held.prompts, *several], responses, ledger, report)
         write(folder / "verdicts.parquet", verdicts, Verdict)
         metrics |= {f"eval/{name}": value for name, value in quality(verdicts, len(held.human)).items()}
         metrics |= {f"eval/{name}": value for name, value in tally(verdicts).items()}
@@ -177,7 +179,7 @@ def _several(prompts: Sequence[Prompt], fresh: Sequence[Response], copies: int) 
 
 
 def _labels(pairs: Sequence[Pair], answers: Mapping[str, str | None]) -> dict[str, float]:
-    """Share of pairs with exactly one right answer; among these, share with the right one rejected (label noise)."""
+    """Shares of pairs: with exactly one right answer, and with only the rejected one right (label noise)."""
     both = (p for p in pairs if p.rejected_ids)
     right = [(is_right(answers[p.id], p.chosen), is_right(answers[p.id], p.rejected)) for p in both]
     return (

@@ -238,5 +238,5 @@ def too_many(missing: int, total: int, limit: float, reasons: Sequence[str], wha
     return (
         f"judge: {missing:,} of {total:,} {what} have no score, more than judge.max_unscored={limit:g} allows. Most "
         f"often: {shown}. What was answered is kept: run the same command again and only the rest is asked; or raise "
-        "judge.max_unscored (dsl.unscored decides what happens to such pairs)"
+        "judge.max_unscored, the share that may lack a score"
     )

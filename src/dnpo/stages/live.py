@@ -122,7 +122,7 @@ class PairSource:
 
     def explain(self) -> str:
         """Why no rollout of the last pass has a pair."""
-        return dsl.explain(self.count())
+        return dsl.explain(self.count(), self.plan.dsl)
 
     def count(self, kind: Literal["counts", "judged"] = "counts") -> dict[str, float]:
         """Counts of labels, or of verdicts, over all rollouts so far."""

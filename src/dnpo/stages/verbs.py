@@ -183,7 +183,7 @@ def label(run: Run, plan: Plan, task: Task) -> Facts:
     counts = dsl.add_up([dsl.Counts(**each) for each in found])
     pairs = Rows.open([task.folder / "pairs.parquet"], Pair)
     if not pairs:
-        raise DataError(f"iteration {plan.k}: no pair is left to train on: {dsl.explain(counts)}")
+        raise DataError(f"iteration {plan.k}: no pair is left to train on: {dsl.explain(counts, plan.dsl)}")
     task.report.status(dsl.summarise(counts))
     if not hard:
         counts["strength"] = sum(pairs.column("strength")) / len(pairs)

@@ -129,9 +129,9 @@ def _check_live(plan: Plan) -> None:
         )
     if how.segment and not (plan.makes_pairs and plan.dsl.admits_human):
         raise SettingsError(
-            f"rollout.segment={how.segment}: replaces a part of the human response, with which "
-            f"{type(plan.dsl if plan.makes_pairs else plan.objective).__name__} does not compare the result; take "
-            "dsl=off or dsl=score, or rollout.segment=0"
+            f"rollout.segment={how.segment}: replaces a part of the human response, so the result must be compared "
+            f"with the human response, but {type(plan.dsl if plan.makes_pairs else plan.objective).__name__} does not "
+            "do so; take dsl=off or dsl=score, or rollout.segment=0"
         )
     asks = plan.judges or plan.strength.asks
     if asks and how.ahead_by and plan.judge.reads_policies:

@@ -89,9 +89,13 @@ class UnitTests(Checker):
         """Accept if running code is allowed and isolated, and every answer is a program whose tests can work."""
         if not self.i_know_this_runs_code:
             return (
-                "judge=code runs programs that a model wrote, with limits on time, memory, files and processes, and "
-                "closed off from files and network if the system allows. Set judge.i_know_this_runs_code=true if "
-                "that is what you want"
+                "judge=code runs programs that a model wrote, with limits on time, memory, files and processes"
+                + (
+                    ", but not closed off from files and network (judge.isolation=none)"
+                    if self.isolation == "none"
+                    else ", and closed off from files and network; if the system cannot do this, none is run"
+                )
+                + ". Set judge.i_know_this_runs_code=true if that is what you want"
             )
         if sys.platform == "win32":
             return "judge=code needs the limits of a POSIX system; choose another judge"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from dnpo.running.gate.finding import Finding
+from dnpo.running.gate.finding import OWN_ERROR, Finding
 
 if TYPE_CHECKING:
     from dnpo.stages.plan import Iteration, Plan
@@ -37,12 +37,19 @@ def reference(iterations: "Sequence[Iteration]", plans: "Sequence[Plan]") -> Fin
         if iteration.reference is not None and (read is None or read.key != iteration.reference.key):
             wrong.append(f"iteration {iteration.k}: the training does not read the reference of its iteration")
     if wrong:
-        return Finding("reference", "stop", "; ".join(wrong), "none: this is an error in dnpo.loop")
-    kinds = list(dict.fromkeys(plan.reference for plan in plans))
+        return Finding("reference", "stop", "; ".join([*wrong, OWN_ERROR]))
+    if not plans:
+        return Finding("reference", "pass", "no iteration is trained, so none has a reference")
     words = {"start": "the policy it starts from", "initial": "the initial policy", "none": "none"}
     words["ema"] = "the moving average of its weights"
-    what = ", then ".join(words[kind] for kind in kinds) or words["start"]
-    return Finding("reference", "pass", f"the reference of each of {len(iterations) - 1} iterations is {what}")
+    first, *others = (
+        (plan.k, words[plan.reference])
+        for before, plan in zip([None, *plans], plans, strict=False)
+        if before is None or before.reference != plan.reference
+    )
+    changes = "".join(f"; from iteration {k} on it is {what}" for k, what in others)
+    whose = "an" if others else "every"
+    return Finding("reference", "pass", f"the reference of {whose} iteration is {first[1]}{changes}")
 
 
 def _key(stage: "Stage | None") -> str | None:

@@ -6,6 +6,7 @@ from typing import Literal
 from dnpo.errors import DnpoError
 
 Level = Literal["pass", "warn", "stop"]
+OWN_ERROR = "this is an error in dnpo, not in the settings"  # end of a text if no setting can help
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Finding:
         name: name of the check.
         level: ``pass``, ``warn``, or ``stop`` if the run would be useless or impossible.
         text: what was checked and found, with figures.
-        setting: what to change; "" if nothing.
+        setting: what to change; "" if nothing, or if no setting can help, as the text says.
     """
 
     name: str
@@ -28,7 +29,8 @@ class Finding:
     def refusal(self) -> str:
         """Why the run does not begin, and what to change, without repeating a name."""
         named = self.text.startswith(tuple(f"{self.name}{mark}" for mark in ":.= "))
-        return f"{'' if named else f'{self.name}: '}{self.text.removesuffix('.')}. Change {self.setting}"
+        advice = f". Change {self.setting}" if self.setting else ""
+        return f"{'' if named else f'{self.name}: '}{self.text.removesuffix('.')}{advice}"
 
 
 def refuse(name: str, error: DnpoError, setting: str) -> Finding:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from dnpo.data.seen import hash_conversation
 from dnpo.errors import DnpoError
+from dnpo.evaluate import OWN_JUDGE
 from dnpo.judges import Judge
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import Prompt
@@ -47,7 +48,8 @@ def measuring(judge: Judge, held: Sequence[Prompt], split: str) -> Finding:
     problem = judge.accepts(held)
     if problem is not None:
         setting = "eval.judge=…, or null, which uses the labelling judge if it can score texts"
-        return Finding("scores", "stop", f"as judge of evaluations: {problem}", setting)
+        text = f"as judge of evaluations: {rename_settings(problem, OWN_JUDGE)}"
+        return Finding("scores", "stop", text, setting)
     return Finding("scores", "pass", f"the judge of evaluations accepts all {len(held):,} {split} rows")
 
 

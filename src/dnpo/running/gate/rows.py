@@ -151,7 +151,11 @@ def used(plans: "Sequence[Plan]", train: Sequence[Prompt]) -> list[Finding]:
         sizes.append(len(some))
     if set(sizes) == {len(train)}:
         return found
-    text = f"of {len(train):,} training prompts the iterations use {', '.join(f'{size:,}' for size in sizes)}"
+    *most, last = (f"{size:,}" for size in sizes)
+    text = f"of {len(train):,} training prompts, iteration {plans[0].k} uses {last}"
+    if most:
+        which = f"{plans[0].k} {'and' if len(most) == 1 else 'to'} {plans[-1].k}"
+        text = f"of {len(train):,} training prompts, iterations {which} use {', '.join(most)} and {last}"
     few = [plan.k for plan, size in zip(plans, sizes, strict=True) if size < plan.trainer.batch_size]
     if few:
         text += f"; in iteration {', '.join(map(str, few))} the prompts do not fill one policy step"
@@ -267,7 +271,7 @@ def lengths(
     about = f"the longest prompt has {most[0]:,} tokens of {longest:,}, the longest response {most[1]:,} of {limit:,}"
     if too_long or over:
         text = (
-            f"of {of} {too_long:,} have too long a prompt and are dropped ({too_long / count:.1%}); {over:,} have too "
+            f"{too_long:,} of {of} have too long a prompt and are dropped ({too_long / count:.1%}); {over:,} have too "
             f"long a response and are {'dropped' if drop else 'cut'} ({over / count:.1%}); {about}"
         )
         return Finding(name, "warn", text, setting)

@@ -11,7 +11,7 @@ from dnpo.policy.template import Span, Text, render
 from dnpo.policy.tokenizer import encode, human_response
 from dnpo.policy.tokens import control_texts, tokenize
 from dnpo.records import Prompt, Response
-from dnpo.running.gate.finding import Finding
+from dnpo.running.gate.finding import OWN_ERROR, Finding
 
 Cut = Callable[[PreTrainedTokenizerBase, Prompt, list[int], int], Response]
 
@@ -93,7 +93,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], 
             "tokenised as ordinary text, and ends no turn"
         )
         return Finding("control tokens", "warn", text, "the data, if it should not be there")
-    return Finding("control tokens", "pass", f"none of {len(rows):,} rows has the text of one")
+    return Finding("control tokens", "pass", f"none of {len(rows):,} rows contains the text of a control token")
 
 
 def one_bos(tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedRow]) -> Finding:
@@ -110,7 +110,7 @@ def one_bos(tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedRow]) -> F
     again = [r for r in rows if bos in [*r.prompt_ids[1:], *r.ids]] if bos != tokenizer.eos_token_id else []
     if again:
         text = (
-            f"{name} is again inside {len(again):,} of {len(rows):,} rows, the first is {again[0].prompt.id}: the "
+            f"{name} occurs again inside {len(again):,} of {len(rows):,} rows, the first is {again[0].prompt.id}: the "
             "template puts it before every turn"
         )
         return Finding("one BOS", "warn", text, TEMPLATE)
@@ -165,9 +165,9 @@ def no_eos_where_cut(
     if wrong:
         text = (
             f"{len(wrong):,} of {len(rows):,} human responses, the first is {wrong[0].prompt.id}, end differently "
-            "from samples: a cut one must have no end-of-sequence token, and a whole one must have one"
+            f"from samples: a cut one must have no end-of-sequence token, and a whole one must have one; {OWN_ERROR}"
         )
-        return Finding("no EOS where cut", "stop", text, "none: dnpo.policy.tokenizer.human_response is wrong")
+        return Finding("no EOS where cut", "stop", text)
     return Finding("no EOS where cut", "pass", f"{len(rows):,} responses, cut on purpose, end without one")
 
 
@@ -211,8 +211,8 @@ def seam(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt], stop_ids: S
         first, at = moved[0]
         text = (
             f"in {len(moved):,} of {len(rows):,} rows a token reaches over the end of the prompt (the first is "
-            f"{first.id}, at token {at}); there the response is tokenised by itself, so the policy learns it after the "
-            "same prompt tokens that it samples from"
+            f"{first.id}, at token {at}); there the response is tokenised by itself, so that in training it follows "
+            "the same prompt tokens as in sampling"
         )
         return Finding("seam", "warn", text, f"{TEMPLATE} (let the prompt end with a special token or a new line)")
     if other:
