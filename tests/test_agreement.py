@@ -579,7 +579,7 @@ def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     # Found again by the command and by a run with the same judge, not with another judge.
     run(monkeypatch, "judge=longer", "judge.half=5.0", f"data={data}", *SMALL)
-    assert capsys.readouterr().out.count("there already") == 2
+    assert capsys.readouterr().out.count("stored already") == 2
     store, key = Store(here / "store"), {"_target_": "Longer", "half": 5.0}
     (entry,) = read_agreement(store, key, print)
     assert entry["stage"] == found["stage"]

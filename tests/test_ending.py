@@ -395,7 +395,7 @@ def test_the_line_of_a_finished_stage_continues_below_its_numbers(width: int) ->
     assert all(len(line) < width for line in done)
     assert others
     assert all(line[:begins].isspace() and not line[begins].isspace() for line in others)
-    assert done[-1].index("there already") == begins
+    assert done[-1].index("stored already") == begins
 
 
 def test_a_link_stands_whole_on_a_narrow_terminal() -> None:

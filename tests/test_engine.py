@@ -190,14 +190,14 @@ def test_a_server_with_another_model_is_refused_before_anything_is_asked(
     with (
         serving(tmp_path / "other", log=log) as url,
         session(policy, tmp_path / "work", base_url=url) as engine,
-        pytest.raises(EngineError, match=r"generate\.engine: .*another model than the policy"),
+        pytest.raises(EngineError, match=r"generate\.engine: .*may not have the policy"),
     ):
         draw(policy, world, engine, Sampling())
     assert not requests(log)
 
 
 @pytest.mark.parametrize(
-    ("fault", "found_by"), [("", "another model than the policy"), ("no_prompt_logprobs", "max_mean_difference=0.02: ")]
+    ("fault", "found_by"), [("", "may not have the policy"), ("no_prompt_logprobs", "max_mean_difference=0.02: ")]
 )
 def test_an_earlier_policy_is_found(
     fault: str, found_by: str, policy: Policy, saved: Path, world: World, tmp_path: Path

@@ -128,7 +128,11 @@ def test_duels_in_words() -> None:
         describe_outcome(outcome([replace(d, preference=0.5 + (d.ours_score - 50) / 2) for d in even], True, 0), "x")
     )
     assert "at the same length 50.0 % (" in told
-    assert "responses are +2.0 characters longer on average, and length has the effect 0.00 (log-odds)" in told
+    assert "the model's responses are 2.0 characters longer on average than the other side's" in told
+    assert "the effect of length on winning is 0.00 (log-odds)" in told
+    other = [replace(d, difference=-d.difference, preference=0.5 + (d.ours_score - 50) / 2) for d in even]
+    told = "\n".join(describe_outcome(outcome(other, True, 0), "x"))
+    assert "the model's responses are 2.0 characters shorter on average than the other side's" in told
 
 
 # --- whole commands
@@ -174,7 +178,7 @@ def test_a_model_of_a_run_gets_the_runs_numbers(trained: Path) -> None:
     ]
     # what was measured is found, and what is shown is the same
     again = evaluate(trained, *place, "hydra.run.dir=second", "tracking=off")
-    assert again.stdout.count("there already") == 3
+    assert again.stdout.count("stored already") == 3
     assert results(trained / "second")["metrics"] == results(trained / "first")["metrics"]
 
     from mlflow import MlflowClient

@@ -109,18 +109,25 @@ def measured(value: float, low: float | None, high: float | None) -> dict[str, A
         (
             (0.648, 0.577, 0.719),
             (0.02, -0.05, 0.09),
-            ("accuracy 64.8 % (57.7 to 71.9): between the map's judges of 55 % and 75 %", "that of random errors"),
+            (
+                "accuracy 64.8 % (57.7 to 71.9): between the map's judges of 55 % and 75 %",
+                "Read the curve of random errors",
+            ),
         ),
         (
             (0.55, 0.45, 0.65),
             (0.02, -0.05, 0.09),
-            ("(45.0 to 65.0), which includes chance: from below the map's judges to that of 65 %", "random errors"),
+            ("(45.0 to 65.0), which includes chance: at most as good as the map's judge of 65 %", "random errors"),
         ),
-        ((0.65, 0.58, 0.72), (0.12, 0.03, 0.21), ("that of a preference for length", "longer", "+12.0 pp")),
-        ((0.65, 0.58, 0.72), (-0.12, -0.21, -0.03), ("none: it prefers shorter", "−12.0 pp", "no such judges")),
+        ((0.65, 0.58, 0.72), (0.12, 0.03, 0.21), ("Read the curve of a preference for length", "longer", "+12.0 pp")),
+        (
+            (0.65, 0.58, 0.72),
+            (-0.12, -0.21, -0.03),
+            ("No curve fits: it prefers shorter", "−12.0 pp", "no such judges"),
+        ),
         ((0.98, 0.96, 0.99), (0.0, -0.1, 0.1), ("between the map's judges of 95 % and 100 %",)),
         ((1.0, 1.0, 1.0), (0.0, -0.1, 0.1), ("at the map's judge of 100 %",)),
-        ((0.3, 0.2, 0.4), (0.0, -0.1, 0.1), ("from below the map's judges to that of 55 %",)),
+        ((0.3, 0.2, 0.4), (0.0, -0.1, 0.1), ("at most as good as the map's judge of 55 %",)),
     ],
 )
 def test_a_measured_judge_has_a_place_on_the_map(

@@ -17,7 +17,7 @@ from dnpo.tracking.outbox import FILE
 from dnpo.tracking.writing import MLflowTracking
 from tests.commands import SMOKE, train
 
-ANSWERS_AGAIN, NOT_TRACKED = "MLflow answers again", "these are not tracked"
+ANSWERS_AGAIN, NOT_TRACKED = "MLflow answers again", "not tracked yet"
 
 
 class Server:

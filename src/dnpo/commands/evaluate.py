@@ -343,8 +343,9 @@ def describe_outcome(outcome: "DuelOutcome", judge: str) -> list[str]:
     if outcome.controlled is not None:
         found = outcome.controlled
         lines.append(
-            f"at the same length {_share(found.rate)}; responses are {fixed(found.difference, 1, signed=True)} "
-            f"characters longer on average, and length has the effect {fixed(found.effect, 2, signed=True)} (log-odds)"
+            f"at the same length {_share(found.rate)}; the model's responses are {fixed(abs(found.difference), 1)} "
+            f"characters {'longer' if found.difference >= 0 else 'shorter'} on average than the other side's, and the "
+            f"effect of length on winning is {fixed(found.effect, 2, signed=True)} (log-odds)"
         )
     if outcome.why:
         lines.append(f"at the same length: {outcome.why}")

@@ -420,7 +420,7 @@ def _print_plan(console: "Console", store: "Store", iterations: "list[Iteration]
             if store.partial(stage).is_dir():
                 state = "begun"
             if store.has(stage):
-                state = "there"
+                state = "stored"
             table.add_row(stage.title, f"{stage.name}/{stage.key}", state)
     console.table(table)
 

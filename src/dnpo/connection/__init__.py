@@ -131,7 +131,8 @@ def check_address(name: str, url: str, part: str, example: str) -> None:
     if parts.username or parts.password or parts.query or parts.fragment:
         raise SettingsError(
             f"{name}: has a user name, password or query in it ({parts.scheme}://…@{parts.hostname}); settings are "
-            f"written down, so give the plain address, and the key in the environment ({part}.key_from, {part}.headers)"
+            "saved in a run's files, so give the address alone, and the key in an environment variable "
+            f"({part}.key_from, {part}.headers)"
         )
     try:
         sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0

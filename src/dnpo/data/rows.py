@@ -74,8 +74,8 @@ def check_rows(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[Rows[Prom
             "the id of another row",
             f"{there} has the same id {prompt.id!r} but other contents; expected another id{_hint('id')}"
             if raw.get("id") is not None
-            else f"{there} has the same prompt and response but another answer, family or score; remove one of them, "
-            "or give both an id",
+            else f"{there} has the same prompt and response but another answer, family or score; remove one of the two "
+            "rows, or give both an id",
         )
 
     bad = Unusable()

@@ -208,7 +208,7 @@ class Console:
     def report_reuse(self, title: str, key: str) -> None:
         """Print that a stage was found in the store."""
         self._place += 1
-        self._finish(title, f"there already ({key})")
+        self._finish(title, f"stored already ({key})")
 
     def _finish(self, title: str, text: str) -> None:
         head = f"  {self._number()}{title:<{WIDE}} "
@@ -251,7 +251,7 @@ class StageReport:
         self.total, self.unit, self.done, self.before, self.began = total, unit, done, done, time.monotonic()
         self.progress.update(self.task, total=total, completed=done)
         if done:
-            self.note(f"continues: {done:,} of {total:,} {unit} are there already")
+            self.note(f"continues: {done:,} of {total:,} {unit} are stored already")
 
     def advance(self, amount: int = 1) -> None:
         """Move the bar on; without a bar, print a line every minute."""

@@ -237,7 +237,9 @@ def _run(command: list[str], threads: int, report: Report) -> Made:
             listener.hear_all(process)
         except KeyboardInterrupt:
             process.terminate()  # torchrun ends the ranks in the same way
-            report.note("the processes are ending, trainings after a checkpoint; Ctrl-C again ends them at once")
+            report.note(
+                "the processes are ending; a training writes a checkpoint first. Ctrl-C again ends them at once"
+            )
             listener.hear_all(process)
             raise
         finally:

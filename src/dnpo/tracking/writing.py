@@ -356,7 +356,7 @@ class MLflowTracking(Tracking):
         try:
             return True, send(self._client, self._experiment, self.id, message, self._models)
         except Refused as refused:
-            warn(f"MLflow refuses {_name(message)} of run {self.id} ({refused}); it is not tracked")
+            warn(f"run {self.id}: MLflow refuses {_name(message)} ({refused}); this is not tracked")
             return True, ""
         except Exception as error:  # stores and their drivers raise various errors; the run continues
             self._note_failure(message.way, error, time.monotonic() - began, again)
@@ -465,12 +465,12 @@ class MLflowTracking(Tracking):
     def _describe_rest(self, left: str) -> None:
         """Report what is not tracked, and how it can still be sent."""
         path = self._outbox.path
-        later = "the next run that is tracked there from this machine sends them"
+        later = "The next run that is tracked there from this machine sends this"
         if "runs" not in self._outbox.down:  # only the store of artefacts does not answer, and the run has its status
-            later = "run the same command again when it answers: it finds its stages and tracks them"
-        kept = f"They are kept in {path}; " if path is not None and "runs" in self._outbox.down else ""
-        where = strip_password(self.uri)
-        warn(f"tracking.uri={where}: of run {self.id} these are not tracked: {left}. {kept}{later}")
+            later = "When MLflow answers, run the same command again: it reuses the stages and tracks the files"
+        elif path is not None:
+            later = f"It is kept in {path}; the next run that is tracked there from this machine sends it"
+        warn(f"tracking.uri={strip_password(self.uri)}: run {self.id}: not tracked yet: {left}. {later}")
 
     def whereabouts(self) -> list[str]:
         """Return the address of the page with the experiment's runs, and the command that serves it."""
@@ -512,8 +512,8 @@ def _name(message: Message) -> str:
         "tags": lambda: ", ".join(content),
         "params": lambda: ", ".join(content),
         "artifact": lambda: content["path"],
-        "inputs": lambda: "its data sets",
+        "inputs": lambda: "the data sets",
         "model": lambda: f"the model {content['name']}",
-        "end": lambda: "its end",
+        "end": lambda: "how it ended",
     }
     return str(names[message.kind]())

@@ -80,7 +80,7 @@ class Server:
             )
         if any(word.partition("=")[0] == "--api-key" for word in words):
             raise SettingsError(
-                f"launch: has --api-key; settings are written down, so export the key in {self.key_from} "
+                f"launch: has --api-key; settings are saved in a run's files, so export the key in {self.key_from} "
                 f"({PART}.key_from), which vLLM reads too if it is VLLM_API_KEY"
             )
 

@@ -210,8 +210,8 @@ class Session:
             found += Differences(len(each), sum(each), max(each))
         if found.mean > PROBE_SLACK * self.server.max_mean_difference:
             raise EngineError(
-                f"{PART}: {asker.name} has another model than the policy that responds: its log-probabilities of "
-                f"the first prompts differ by {found}; {_REASONS}"
+                f"{PART}: {asker.name} may not have the policy that responds: its log-probabilities of the first "
+                f"prompts differ by {found}; {_REASONS}"
             )
 
     # --- requests

@@ -108,7 +108,7 @@ def _orders(axis: Axes, measures: Mapping[str, Any], points: Sequence[float]) ->
     """Draw a histogram of the differences between the two orders of a comparison."""
     axis.hist(points, bins=np.arange(0.0, 105.0, 5.0).tolist(), color=JUDGE)
     flips = format_value(measures["flips"]["value"], metric("agreement/flips"))
-    axis.set_title(f"Order: the verdict changes with it\nin {flips} of the rows", fontsize=10)
+    axis.set_title(f"The verdict depends on the order\nin {flips} of the rows", fontsize=10)
     axis.set_xlabel("difference between a row's scores in both orders, points")
     axis.set_ylabel("rows")
     _open(axis)

@@ -98,17 +98,19 @@ def _place_on_map(measures: Mapping[str, Any]) -> str:
     of = metric("agreement/accuracy")
     value, low, high = (of.format(accuracy[end]) for end in ("value", "low", "high"))
     chance = ", which includes chance" if accuracy["low"] <= 0.5 <= accuracy["high"] else ""
-    line = "that of random errors, since a preference for length is not certain"
+    line = "Read the curve of random errors, since it is not certain that this judge prefers a length"
     if bias.get("low") is not None and (bias["low"] > 0 or bias["high"] < 0):
         apart = metric("agreement/length_bias").format_with_unit(bias["value"], signed=True)
         longer = f"it prefers longer responses more often than people do ({apart})"
         shorter = f"it prefers shorter responses more often than people do ({apart}), and the map has no such judges"
-        line = f"that of a preference for length: {longer}" if bias["low"] > 0 else f"none: {shorter}"
+        line = (
+            f"Read the curve of a preference for length: {longer}" if bias["low"] > 0 else f"No curve fits: {shorter}"
+        )
     return (
         "How good must a judge be? The map of `dnpo figures fig15` (docs/judges.md) has the gain of labels by a judge "
         f"over labels by origin. On its axis this judge has accuracy {value} % ({low} to {high}){chance}: "
-        f"{_between(accuracy['low'], accuracy['high'])}. The line to read: {line}. A judge can help only where it is "
-        "right more often than labels by origin, the dashed line."
+        f"{_between(accuracy['low'], accuracy['high'])}. {line}. A judge can help only if it is right more often than "
+        "labels by origin (the dashed line)."
     )
 
 
@@ -117,7 +119,7 @@ def _between(low: float, high: float) -> str:
     below = [share for share in ON_MAP if share <= 100 * low + ROUNDING]
     above = [share for share in ON_MAP if share >= 100 * high - ROUNDING]
     if not below:
-        return f"from below the map's judges to that of {above[0]} %"
+        return f"at most as good as the map's judge of {above[0]} %"
     if below[-1] == above[0]:
         return f"at the map's judge of {above[0]} %"
     return f"between the map's judges of {below[-1]} % and {above[0]} %"

@@ -46,8 +46,8 @@ class HF(Prompted):
             follow the instruction and its numbers mean little, so the question fails.
         dtype: type of the weights. bfloat16 takes half the memory, and scores depend slightly on the batch.
         device: ``auto`` is the GPU if there is one, as for the policy.
-        batch_size: questions in a batch; changes only speed and memory. If numbers take several tokens, the keys and
-            values of each question are kept in about a dozen copies.
+        batch_size: questions in a batch; changes only speed, memory and rounding. If numbers take several tokens, the
+            keys and values of each question are kept in about a dozen copies.
         max_unscored: share of responses that may lack a score.
 
     Raises:
@@ -116,7 +116,7 @@ class HF(Prompted):
         if question.key in reasons:
             return Canary(False, f"{self.respondent}: {reasons[question.key]}")
         value = ledger.answers([question.key])[question.key]
-        return Canary(True, f"{self.respondent} on {self._device} gives a right answer {value:.1f} points")
+        return Canary(True, f"{self.respondent} on {self._device} scores a right answer with {value:.1f} points")
 
     def ask(self, questions: Sequence[Question], ledger: Ledger, report: Report | None, total: int) -> dict[str, str]:
         """Load the model, and read the questions in batches, the longest first.

@@ -257,7 +257,7 @@ class OpenAI(Prompted):
         where = f"{self.model} at {self.base_url}"
         if question.key in reasons:
             reason = reasons[question.key]
-            text = f"{where} gave a right answer no score: {reason} ({shown})"
+            text = f"{where} gave no score to a right answer: {reason} ({shown})"
             return Canary(False, text, advise(reason, self.max_tokens))
         price = "no price known" if self._tariff is None else f"${ledger.cost_of(question.key):.5f} a question"
         value = ledger.answers([question.key])[question.key]
@@ -265,7 +265,7 @@ class OpenAI(Prompted):
         new = [served for served in ledger.served(question) if served not in before]
         warning = tell_swap(self.endpoint, before[-1], new[-1]) if before and new else ""
         elsewhere = self._elsewhere(question, ledger)
-        text = f"{where} gives a right answer {value:g} points ({shown}; {price}){asked}{elsewhere}"
+        text = f"{where} scores a right answer with {value:g} points ({shown}; {price}){asked}{elsewhere}"
         return Canary(True, text, warning=warning)
 
     def _elsewhere(self, question: Question, ledger: Ledger) -> str:

@@ -125,7 +125,8 @@ class Reward(Judge):
         (verdict,) = self._verdicts([prompt], [Response("canary", HUMAN, "Paris.", [], 0, "eos")], None)
         if verdict.score is None:
             return Canary(False, f"{self.weights.description}: {verdict.reason}")
-        return Canary(True, f"the reward model on {self._device} gives a right answer {verdict.score:.1f} points")
+        text = f"the reward model on {self._device} scores a right answer with {verdict.score:.1f} points"
+        return Canary(True, text)
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
