@@ -1,8 +1,8 @@
 """Replace names of options in a list by iteration, such as ``rollout=[given,ahead]``, by the options.
 
 A name on the command line is replaced by the part that results if this option alone is chosen, with the settings of the
-method and of other arguments. A name in a file is replaced by the content of the option's file alone, since the list in
-the file replaces all other settings of the part.
+method and of other arguments. A name in a file of settings is replaced by the content of that option's file and nothing
+else, since a list there replaces all other settings of the part.
 """
 
 import warnings

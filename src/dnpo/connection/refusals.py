@@ -74,7 +74,7 @@ class Refusal:
 
     @property
     def is_about_money(self) -> bool:
-        """Whether the server answers nothing until the account is paid."""
+        """Whether the server answers nothing until the account has credit."""
         if self.status == 402 or "insufficient_quota" in self.codes:
             return True
         if self.status not in (400, 403, 429) or _FLAGGED.search(self.words):

@@ -7,10 +7,9 @@ others.
 The search is exact and deterministic, by prefix filtering (Chaudhuri, Ganti and Kaushik 2006). If the Jaccard index of
 two sets is at least t, a share t of the larger set is in the smaller one. So if the members of all sets are sorted in
 one order, the first few members of two such sets include a common one, and only texts for which this is true are
-compared. Rare members come first in the order, so few texts are compared. All common members are in the rests of both
-texts from their first common member on, so there are at most as many as the shorter rest has. If these are too few, the
-texts are not compared (positional filtering; Xiao et al. 2008). MinHash would miss some pairs and cost more at such
-thresholds.
+compared. Rare members come first in the order, so few texts are compared. No common member comes before the first one
+in either sorted set, so the shorter of the two remainders limits their number. If it is too short, the texts are not
+compared (positional filtering; Xiao et al. 2008). MinHash would miss some pairs and cost more at such thresholds.
 """
 
 import math

@@ -52,13 +52,13 @@ class All:
 class Seed:
     """The seed: a few prompts, the same ones in every iteration.
 
-    If some of the prompts have pairs in the data, these prompts are the seed. Otherwise the seed is a share of all
-    prompts.
+    If some prompts, but not all, have pairs in the data, these prompts are the seed. Otherwise the seed is a share of
+    all prompts.
 
     Args:
         share: size of the seed as a share of all training prompts; a hash of the conversation chooses its prompts.
-        pairs: ``all`` takes all prompts with pairs; ``share`` takes at most the share of all training prompts that the
-            setting of this name gives.
+        pairs: if only some prompts have pairs, ``all`` makes all of these the seed; ``share`` limits them to ``share``
+            of all training prompts.
     """
 
     share: Fraction = 0.0333

@@ -105,8 +105,8 @@ class Live(Ahead):
     Args:
         prompts: number of prompts of a rollout; 0: all.
         every: policy steps from one rollout to the next; 0: a single rollout before training.
-        capacity: pairs in the buffer; 0: only the pairs of the last rollout, so that training is strictly on-policy. A
-            policy step draws its pairs with weight 1 / (1 + draws so far).
+        capacity: pairs in the buffer; 0: only the pairs of the last rollout. With ``every=1`` and ``ahead_by=0``
+            training is then strictly on-policy. A policy step draws its pairs with weight 1 / (1 + draws so far).
         by: which policy responds: the one in training (``policy``), or the moving average of its weights (``ema``).
         segment: number of successive tokens of the human response that are generated again; 0: whole responses are
             generated.

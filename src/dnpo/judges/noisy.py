@@ -38,11 +38,11 @@ class Noisy(Judge):
     4. otherwise the order of the scores, to which the preference for length has been added.
 
     A judge that scores single responses has no comparisons to reverse. Instead, a response's score is replaced with
-    probability q = 1 − √(1 − 2·error) by one below or above all others, each in half of the cases. A comparison in
-    which any score is replaced is wrong in half of the cases, hence with probability (1 − (1 − q)²) / 2 = ``error``,
-    whatever the scores are. Scores that are not replaced are mapped to 1 to 99. Equal scores get an order in which each
-    response is the better one with probability ``error``. A tie is drawn for a prompt and holds for all responses
-    to it.
+    probability q = 1 − √(1 − 2·error): in half of the cases by a score below all others, else by one above. A
+    comparison in which any score is replaced is wrong in half of the cases, hence with probability
+    (1 − (1 − q)²) / 2 = ``error``, whatever the scores are. Scores that are not replaced are mapped to 1 to 99. Equal
+    scores get an order in which each response is the better one with probability ``error``. A tie is drawn for a prompt
+    and holds for all responses to it.
 
     Args:
         wraps: the judge.

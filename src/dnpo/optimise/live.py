@@ -94,7 +94,7 @@ class LiveSteps(Steps[Row, Some]):
     """The policy steps of a training whose rows are made during it.
 
     If a rollout has no rows, the next one is made at once. The number of rollouts is fixed: as many as are due if all
-    have rows. When all are made and the buffer has no older rows, the training ends before its last policy step.
+    have rows. If the last rollouts have no rows and the buffer is empty, the training ends early.
 
     Args:
         source: makes the rows.

@@ -100,8 +100,9 @@ def typical(clusters: Clusters, count: int) -> "Whole":
 
 
 def alike(embedding_NH: "Array", clusters: Clusters, count: int) -> "Whole":
-    """The rows that are most similar to a kept row of their cluster (SemDeDup: Abbas et al. 2023, algorithm A).
+    """The rows most similar to a row of their cluster that is farther from its centre (SemDeDup: Abbas et al. 2023).
 
+    This is algorithm A of the paper: the other row may itself be left out.
     The paper leaves out the rows above a threshold of similarity; here the threshold follows from ``count``.
     """
     import numpy as np

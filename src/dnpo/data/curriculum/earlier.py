@@ -27,7 +27,7 @@ class Accumulate(Curriculum):
 
     @property
     def reads_history(self) -> int:
-        """The earlier iterations it adds."""
+        """The number of earlier iterations that it adds."""
         return self.last
 
     def __call__(
@@ -49,10 +49,11 @@ class Mix(Curriculum):
     """The iteration's pairs, some of them replaced by as many pairs of earlier iterations (α-SPIN: half of them).
 
     Each iteration gives its share of the pairs. A hash of the id decides which iteration gives the pairs of this id, so
-    iterations with the same ids give pairs of different ids. With two halves, every pair is trained on once: in the
-    iteration that labelled it, or in the next one. If an earlier iteration has too few pairs, the present one gives
-    more (``short`` counts these). If an earlier iteration does not exist, the other shares are scaled to a sum of 1:
-    iteration 0 uses only its own pairs.
+    iterations with the same ids give pairs of different ids. If an earlier iteration has too few pairs, the present one
+    gives more (``short`` counts these). If an earlier iteration does not exist, the other shares are scaled to a sum of
+    1: iteration 0 uses only its own pairs. So with two halves a pair is trained on once, in the iteration that labelled
+    it or in the next one; but half of the pairs of iteration 0 are trained on twice, and half of the last iteration's
+    not at all.
 
     Args:
         shares: the iterations' shares of the pairs, the newest iteration's first; they are scaled to a sum of 1.
@@ -71,7 +72,7 @@ class Mix(Curriculum):
 
     @property
     def reads_history(self) -> int:
-        """The earlier iterations that have a share."""
+        """The number of earlier iterations in ``shares``."""
         return len(self.shares) - 1
 
     def check(self, iteration: int, iterations: int) -> None:

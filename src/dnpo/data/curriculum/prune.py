@@ -28,7 +28,7 @@ class Prune(Curriculum):
 
     - ``outlying``: the pairs of the smallest clusters, then the pairs farthest from their centres (SCIP);
     - ``typical``: the pairs nearest to their centres (SSL prototypes);
-    - ``alike``: the pairs most similar to another pair of their cluster (SemDeDup);
+    - ``alike``: the pairs most similar to a pair of their cluster that is farther from its centre (SemDeDup);
     - ``alike_typical``: ``alike``, then ``typical`` in new clusters of the others (D4);
     - ``random``: pairs drawn at random.
 

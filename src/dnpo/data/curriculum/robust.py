@@ -50,8 +50,8 @@ class Robust(Curriculum):
         xi_min: the smallest ξ. Without it the worst loss is infinite for any ``epsilon`` above 0.
         pieces: number of tangents of −log ξ, at geometric points from ``xi_min`` to 1; only the reported loss depends
             on it, not the rows.
-        reading: ``outside``: a is the weight of the loss, as the worst distribution requires. ``inside``: a is inside
-            the logarithm, as printed in the paper; there it has no gradient, so all rows have weight 1.
+        reading: ``outside``: a row's weight multiplies its loss, as the worst distribution requires. ``inside``: it is
+            inside the logarithm, as printed in the paper, where it has no effect on gradients: all rows have weight 1.
 
     Raises:
         SettingsError: ``xi_min`` is not below 1.
