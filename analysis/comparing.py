@@ -40,7 +40,7 @@ class Comparisons:
 
     Attributes:
         measures: benchmarks and, last, their average.
-        beside: what is watched beside them.
+        beside: what is shown in addition to them.
     """
 
     cells: Cells
@@ -121,7 +121,7 @@ class Comparisons:
         return mean
 
     def _beside(self, iterations: Sequence[Iteration]) -> list[PolicyMeasure]:
-        """What is watched beside the results of these iterations; the initial policy has no KL to itself."""
+        """What is shown in addition to the results of these iterations; the initial policy has no KL to itself."""
         return [each for each in self.beside if each is not KL or SFT not in iterations]
 
     def _compare(self, mine: Array, other: Array) -> Against | None:

@@ -74,16 +74,18 @@ def make(runs: Runs) -> DrawnFigure:
     key.plot(
         [], [], color=INK, marker="o", markerfacecolor=PAPER, markersize=3.6, linestyle="none", label="off the front"
     )
-    kinds = "95 % intervals (accuracy: Wilson; score: t; costs and KL: t of logarithms)"
+    kinds = "accuracy: Wilson; score: t"
     shows = (
-        f"Bars: {kinds} over seeds, of score and accuracy over items too"
+        f"Bars: 95 % intervals over seeds, and for score and accuracy also over items ({kinds}; costs and KL: t of "
+        "logarithms)"
         if len(cells.seeds) > 1
-        else f"Bars: {kinds} of score and accuracy over items; the others have none, so nothing is beyond doubt"
+        else f"Bars: 95 % intervals of score and accuracy over items ({kinds}); the others have none, so no method is "
+        "certainly off the front"
     )
     notes = (
-        f"hollow: off the front beyond doubt, because another method is better by more than {100 * POINTS:g} point, or "
-        f"{100 * SHARE:g} % of a cost or KL, in one of the panel's two quantities, and in the other not worse by more "
-        "than that (one-sided paired t tests with Bonferroni's correction over the other methods); filled: all others",
+        "hollow: certainly off the front: another method is better in one of the panel's two quantities and not worse "
+        f"in the other. Differences of up to {100 * POINTS:g} point, or {100 * SHARE:g} % of a cost or KL, count as "
+        "equal (one-sided paired t tests with Bonferroni's correction over the other methods); filled: all others",
         "grey line: the front of the means, without regard to intervals; its methods are above the panel, from left to "
         "right",
         "costs are totals over the iterations of a run, without fine-tuning, which all share, and without measuring"

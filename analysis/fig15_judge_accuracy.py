@@ -100,7 +100,7 @@ def make(runs: Runs) -> DrawnFigure:
         "Mean over the iterations from 1 on; bars: 95 % t intervals over items and seeds, paired; *: p ≤ 0.05 after "
         f"Holm's correction over {len(compared)} comparisons",
         "right labels: share of training pairs with the right answer chosen, among those with exactly one right answer",
-        f"the band is ±{NEGLIGIBLE:g} point, below which an effect counts as negligible",
+        f"band: ±{NEGLIGIBLE:g} point; an effect whose interval lies within it is negligible",
     )
     return DrawnFigure(finish(figure, TITLE, line, key), rows, cells.used)
 

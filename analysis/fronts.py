@@ -1,9 +1,9 @@
 """Which methods are off a Pareto front beyond doubt: paired tests of methods in two quantities.
 
 A method *beats* another if it is better by more than a margin in one of the quantities, and in the other not worse by
-more than its margin. Means alone do not show that: without a margin the smallest difference of a cost keeps a method on
-the front, and without a test the luckiest of many methods takes others off it. The margin is the same for better and
-for worse, so two methods never beat each other.
+more than its margin. Means alone do not show that: without a margin, a method stays on the front because it costs a
+trifle less; without a test, a method that was lucky takes others off it. The margin is the same for better and for
+worse, so two methods never beat each other.
 """
 
 import itertools

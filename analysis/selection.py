@@ -1,7 +1,7 @@
 """Select the runs that are compared. A *cell* is a method at an iteration with a seed; each cell has one run.
 
-A **chain** is a run of one method from its beginning; all its iterations are cells. A **branch** leaves the SPIN chain
-at its last iteration; only that iteration is a cell (the ablation protocol of the DNPO paper).
+A **chain** is a run of one method from its beginning; all its iterations are cells. A **branch** is SPIN up to its own
+last iteration, which is the method's; only that iteration is a cell (the ablation protocol of the DNPO paper).
 """
 
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What is watched beside every gain: the held-out loss of human responses, and the KL to the initial policy.
+"""What is shown in addition to every gain: the held-out loss of human responses, and the KL to the initial policy.
 
 A policy can be better by a judge, or by right answers, and have lost what it knew. So tables show both beside the
 results, and mark the gains that come with a worse held-out loss.
@@ -57,7 +57,7 @@ def explain(measures: Sequence[PolicyMeasure], rows: Mapping[str, Mapping[str, C
         return []
     marked = any(cell.mark for row in rows.values() for cell in row.values())
     columns = "; ".join(each.metric.axis for each in measures)
-    return [f"Beside the results, without stars: {columns}.{f' {MARK}: {gain}, and {CAUTION}.' * marked}"]
+    return [f"Also shown, but not tested: {columns}.{f' {MARK}: {gain}, and {CAUTION}.' * marked}"]
 
 
 def warn(cells: Cells, differences: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:

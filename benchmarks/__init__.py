@@ -1,1 +1,1 @@
-"""Speed and memory, compared with a plain implementation and with TRL. Each has one command; see docs/speed.md."""
+"""Benchmarks of speed, memory and methods. Each is one command; see benchmarks/README.md."""

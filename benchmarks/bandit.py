@@ -5,9 +5,9 @@
 
 A small random policy answers each prompt with one token of its vocabulary; every token has a known reward r. The policy
 π* ∝ π_ref · exp(r / β) has the largest expected reward minus β times its KL to the reference. The command prints and
-draws the total-variation distance from the policy to π* (mean over prompts) during training. There are three trainings:
-the clipped ratio with whitened or plain advantages, with 4 policy steps on each rollout; and REINFORCE with a baseline,
-with one step. The first row is the distance of the reference, where training starts.
+draws the total-variation distance from the policy to π* (mean over prompts) during training. Three trainings are
+compared: the clipped ratio with whitened advantages and with plain ones (4 policy steps on each rollout), and REINFORCE
+with a baseline (one step). The first row is the distance of the reference, where training starts.
 """
 
 import argparse

@@ -3,11 +3,11 @@
     python -m benchmarks.claims_power                    # 1,000 tables each
     python -m benchmarks.claims_power --tables 200
 
-Part one is the size of the test over seeds and prompts: the share of simulated differences without an effect that it
-finds at 5 %, for several numbers of seeds and sources of variance. Part two has tables of the primary claims, with the
-variances of a pilot or with right and wrong answers whose probabilities vary by prompt and seed. In each, one claim has
-the effect that ``dnpo claims plan`` names and the others have none; or no claim has an effect; or all have the smallest
-effect of interest; or one has identical arms.
+Part one is the size of the test over seeds and prompts: how often it finds, at 5 %, an effect in simulated differences
+that have none, for several numbers of seeds and sources of variance. Part two has tables of the primary claims, with
+the variances of a pilot or with right and wrong answers whose probabilities vary by prompt and seed. There are four
+kinds of tables: one claim has the effect that ``dnpo claims plan`` names and the others have none; no claim has an
+effect; all have the smallest effect of interest; or one has identical arms.
 """
 
 import argparse

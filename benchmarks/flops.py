@@ -3,7 +3,7 @@
 Torch's ``FlopCounterMode`` counts matrix products, two FLOPs for each multiply-add. The formula is for models whose
 weights are all trained, with P the entries of the blocks' matrices, H the hidden size and V the vocabulary:
 
-    blocks  2·P a token for a forward pass, twice as much again for the backward pass
+    blocks  2·P a token for the forward pass, 4·P for the backward pass
     head    2·H·V a token for each product with the head: logits, their recomputation, two gradients
 
 The formula does not include attention and rotary positions, which depend on the layout of a variant's rows.

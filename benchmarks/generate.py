@@ -106,8 +106,8 @@ LOADS = {
     # Questions of GSM8K for a tokenizer of 512 entries have 50-286 tokens, 139 on average.
     "8 samples, long prompts": Load(256, 1, (50, 230), 64, 0, 128, STORIES, samples=8),
     # Short instructions (rasbt's, Dolly's questions) have 8-123 tokens there, 33 on average.
-    # What the samples of a prompt share, its reading and its part of scoring, takes 11 % and 10 % of the CPU seconds of
-    # eight runs of one sample (with long prompts 38 % and 19 %). The rest is decoding, so the ratio is at least 0.82.
+    # Reading the prompt and scoring it, which all samples share, take 11 % and 10 % of the CPU seconds of eight runs of
+    # one sample (with long prompts 38 % and 19 %). The rest is decoding, so the ratio is at least 0.82.
     "8 samples, short prompts": Load(256, 1, (16, 50), 64, 0, 128, STORIES, samples=8),
 }
 
@@ -313,8 +313,8 @@ def main() -> None:
     """Measure all variants in turn, print the table and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--load", choices=LOADS, action="append", help="all without")
-    parser.add_argument("--variant", choices=VARIANTS | STAGES, action="append", help="all without")
+    parser.add_argument("--load", choices=LOADS, action="append", help="default: all")
+    parser.add_argument("--variant", choices=VARIANTS | STAGES, action="append", help="default: all")
     parser.add_argument("--one", nargs=3, metavar=("VARIANT", "LOAD", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

@@ -231,7 +231,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def common_arguments(name: str, description: str) -> argparse.ArgumentParser:
-    """Make a parser with the options that every command has."""
+    """Make a parser with the options that most commands have."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="JSON file to write")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (default: 1)")

@@ -85,7 +85,7 @@ def main() -> None:
         "attempts": stats["attempts"],
         "mean seconds of an attempt": round(mean, 4),
         "wall seconds": round(wall, 1),
-        "throughput over concurrency / latency": round(stats["attempts"] / wall / (given.concurrency / mean), 3),
+        "throughput / (concurrency / latency)": round(stats["attempts"] / wall / (given.concurrency / mean), 3),
         "client CPU ms an attempt": round(1000 * cpu / stats["attempts"], 2),
         "resident MB at 10, 50, 100 %": [round(watch.megabytes[p], 1) for p in (10, 50, 100)],
     }

@@ -1,7 +1,7 @@
 """CPU seconds of generating during training, compared with the same work before training.
 
     python -m benchmarks.live                      # method=online_dpo at the default scale
-    python -m benchmarks.live --prompts 64         # at a time, in place of as many as the batch has rows
+    python -m benchmarks.live --prompts 64         # prompts of a rollout; 128 without it
     python -m benchmarks.live -- data.train=1200   # anything after -- goes to both, as settings of dnpo.train
 
 Both variants respond twice to every prompt, judge and label all responses, and train for the same number of policy
@@ -62,7 +62,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = harness.common_arguments("live", "CPU seconds of generating while training.")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
-    parser.add_argument("--prompts", default="128", help="at a time (default: %(default)s)")
+    parser.add_argument("--prompts", default="128", help="of a rollout (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="settings of dnpo.train, after --")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory                     # the head-heavy model
     python -m benchmarks.memory --pairs 4 --lengths 512 --shape 7b --lora 16
-    python -m benchmarks.memory --objectives        # ours under every objective, over the logistic one
+    python -m benchmarks.memory --objectives        # ours with every objective, relative to the logistic one
 
 The added memory is the peak of allocations in forward and backward, see ``harness.measure_added_memory``. Weights,
 optimizer state and gradients exist before the step and do not count. Each implementation's blocks are also run alone:
@@ -47,7 +47,7 @@ def main() -> None:
                         help="tokens of every sequence (default: 256 512 1024)")  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=[m[0] for m in MEASURED], default=[m[0] for m in MEASURED],
                         metavar="WHAT", help=f"of {', '.join(m[0] for m in MEASURED)}")  # fmt: skip
-    parser.add_argument("--objectives", action="store_true", help="ours under every objective; the other options are "
+    parser.add_argument("--objectives", action="store_true", help="ours with every objective; the other options are "
                         "--lora, --dtype, --device, --seed and --kept")  # fmt: skip
     given = parser.parse_args()
     if given.objectives:

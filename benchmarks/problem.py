@@ -47,7 +47,7 @@ class Shape:
 
 
 SHAPES = {
-    # a third of the 21.5M parameters in the head: log-probabilities dominate
+    # 8.2M of the 21.5M parameters are in the head, 5.1M in the blocks: log-probabilities dominate
     "head": Shape(hidden=256, layers=6, mlp=896, heads=8, kv_heads=2, vocabulary=32_000),
     # the head is small compared with the blocks
     "body": Shape(hidden=512, layers=8, mlp=1792, heads=8, kv_heads=2, vocabulary=2_000),

@@ -3,7 +3,7 @@
 python -m benchmarks.step                       # the head-heavy model; TRL where it is installed
 python -m benchmarks.step --shape body          # the body-heavy one
 python -m benchmarks.step --shape 7b --lora 16  # a Mistral 7B with random weights, on a GPU
-python -m benchmarks.step --objectives          # ours under other objectives over the logistic one, 20 rounds
+python -m benchmarks.step --objectives          # ours with other objectives, relative to the logistic one, 20 rounds
 python -m benchmarks.step --flops               # counted matrix products against the closed formula
 """
 
@@ -51,7 +51,9 @@ def main() -> None:
     parser = harness.common_arguments("step", "Seconds of a training step, variant against variant.")
     add_arguments(parser)
     parser.add_argument("--rounds", type=int, help="measured steps of each variant (default: 6, of objectives 20)")
-    parser.add_argument("--objectives", action="store_true", help="ours under other objectives, over the logistic one")
+    parser.add_argument(
+        "--objectives", action="store_true", help="ours with other objectives, relative to the logistic one"
+    )
     parser.add_argument("--only", nargs="+", choices=NAMES, metavar="VARIANT",
                         help=f"of {', '.join(NAMES)}")  # fmt: skip
     parser.add_argument("--flops", action="store_true", help="count matrix products instead of seconds")

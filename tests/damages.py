@@ -1,4 +1,4 @@
-"""Damage a finished store in many ways: is each damage named, and is no damaged file used?
+"""Damage a finished store in many ways: is every damaged file named, and is none used?
 
     python -m tests.damages              # every kind of file in every way; some minutes
     python -m tests.damages --every 9    # every ninth of them

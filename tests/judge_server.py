@@ -2,7 +2,7 @@
 
     python tests/judge_server.py --port 0 --faults mix --latency 0.1 --seed 0 --log FILE      prints {"port": N}
 
-    with judge_server(faults={"reset": 0.1}, latency=0.01) as server:      # in a process of its own
+    with judge_server(faults={"reset": 0.1}, latency=0.01) as server:      # in a separate process
         ... AsyncOpenAI(base_url=server.base_url, api_key="any") ...
         server.stats()["paid_twice"], server.requests(), server.change(faults="none")
 

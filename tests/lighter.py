@@ -1,7 +1,7 @@
 """Make runs of the tests faster: problems and compositions are made once, and pictures are blank.
 
-Making the 38,400 problems of the tiny world takes a tenth of a small run, and drawing its pictures an eighth. A run
-with ``TESTS_DRAW`` in its environment draws pictures; so does the run that tests share.
+Making the problems of the tiny world takes a tenth of a small run, and drawing its pictures an eighth. A run with
+``TESTS_DRAW`` in its environment draws pictures; so does the run that tests share.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""Rollouts in training: draws from the buffer, limits that equal training on pairs made before, and kills."""
+"""Rollouts in training: draws from the buffer, settings in which it equals training on pairs made before, kills."""
 
 import json
 import random

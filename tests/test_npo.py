@@ -1,4 +1,4 @@
-"""The noise: its equations against brute force, its gradients, its cost, and its effect in the mean."""
+"""The noise: its equations against brute force, its gradients, its cost, and its mean effect."""
 
 import math
 import weakref

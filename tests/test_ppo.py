@@ -1,4 +1,4 @@
-"""Training on rollouts by the clipped ratio: equations against brute force, limits, and checkpoints."""
+"""Training on rollouts by the clipped ratio: equations against brute force, special cases, and checkpoints."""
 
 import json
 import math

@@ -1,7 +1,6 @@
 """Write without waiting for the disk: a small run waits for it hundreds of times, longer than it computes.
 
-Data that a process has written outlive it without this, for every end of the process. Only a power failure would make a
-difference.
+Written data outlive a process however it ends, also without this wait; only a power failure would make a difference.
 """
 
 import os
