@@ -61,7 +61,9 @@ def parser() -> argparse.ArgumentParser:
     seeds = "such as 5,6,7 (default: those of the file; exploratory: all that are tracked)"
     options = make_parser("analysis.claims", "claims", "The papers' claims, measured here.", seeds)
     options.add_argument(
-        "--exploratory", action="store_true", help="take runs older than the claims and other seeds too, and mark them"
+        "--exploratory",
+        action="store_true",
+        help="also take other seeds, and runs older than the claims, and mark them",
     )
     options.add_argument(
         "--measured",

@@ -62,7 +62,7 @@ class Claim(Strict):
             follows from the construction or the mathematics.
         relation, target, margin: the region of the effect according to the claim, in its unit.
         sesoi: smallest effect of interest, in the claim's unit: a smaller deviation from the target is negligible.
-        control: id of the positive control of a claim of non-inferiority, an earlier claim that must be supported.
+        control: for a claim of non-inferiority: id of its positive control, an earlier claim that must be supported.
         after: id of an earlier claim that must be supported before this one can be.
         times: factor that converts values to the unit.
         matters: settings of optional measures, such as ``second_judge.``, in which its runs must agree.

@@ -72,8 +72,8 @@ def choose_seeds(book: Book, options: argparse.Namespace) -> list[int] | None:
     seeds = sorted({int(part) for part in text.split(",")})
     if not options.exploratory and (others := set(seeds) - set(book.seeds)):
         raise SettingsError(
-            f"seeds={text}: {book.path.name} fixes seeds {ranges(book.seeds)}, without "
-            f"{ranges(sorted(others))}; exploratory=true takes any, and marks the results"
+            f"seeds={text}: {book.path.name} fixes seeds {ranges(book.seeds)}, so {ranges(sorted(others))} cannot test "
+            "its claims; exploratory=true takes any, and marks the results"
         )
     return seeds
 

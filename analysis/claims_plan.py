@@ -184,7 +184,7 @@ def describe(book: Book, plans: Sequence[Plan], results: Sequence[Result]) -> li
         f"Pilot: {plural(len(runs), 'run')} of seeds {ranges(pilot)}. A variance between {plural(len(pilot), 'seed')} "
         f"is known only roughly: the true one is between {low:.2f} and {high:.1f} times it, with 95 % confidence.",
         f"Time of all {plural(fixed, 'seed')}, by the pilot's runs: {duration(seconds * fixed)}; each run is counted "
-        "once here. Stages that runs share, and jobs at the same time, make it less or more.",
+        "once here. Shared stages make it shorter; parallel jobs on the same cores make each run longer.",
     ]
     if reused := set(pilot) & set(book.seeds):
         said.append(f"Seeds {ranges(sorted(reused))} of the pilot are fixed for the claims: these runs are no pilot.")
@@ -193,11 +193,11 @@ def describe(book: Book, plans: Sequence[Plan], results: Sequence[Result]) -> li
 
 def sentence(plan: Plan) -> str:
     """A plan in a line."""
-    claim = plan.claim
+    claim, size = plan.claim, plural(plan.seeds, "seed")
+    size += f" × {plural(plan.prompts, 'prompt')}" if plan.prompts else ""
     return (
-        f"{claim.role:9} {claim.id:34} {plan.seeds} × {plan.prompts or 1} find "
-        f"{fixed(plan.detectable, claim.digits + 1)} {claim.unit}; {plan.effect:g} needs "
-        f"{_count(plan.seeds_needed, 'seed', MOST_SEEDS)}"
+        f"{claim.role:9} {claim.id:34} {size} detect {fixed(plan.detectable, claim.digits + 1)} {claim.unit}; "
+        f"{plan.effect:g} {claim.unit} need {_count(plan.seeds_needed, 'seed', MOST_SEEDS)}"
         + (f" or {_count(plan.prompts_needed, 'prompt', MOST_PROMPTS)}" if plan.prompts is not None else "")
         + f"; {duration(plan.seconds)} a seed"
     )

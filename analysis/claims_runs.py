@@ -15,8 +15,8 @@ DIGITS = 6
 def policies(runs: Sequence[TrackedRun], arms: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
     """One row for each policy, with its seed, options and all of its metrics, ordered by seed.
 
-    A policy that several runs share has one row. Policies from before the parts that define a run's arm started are
-    left to the runs whose arm they belong to.
+    A policy that several runs share has one row. Until the parts that define a run's arm have started, its policies
+    belong to another arm, whose runs give these rows.
 
     Args:
         runs: finished runs of one sweep.

@@ -989,7 +989,7 @@ def test_only_runs_made_after_the_claims_test_them(
     assert "exploratory" not in text
 
     assert claims.main([*command, "--seeds", "3,4"]) == 1
-    assert "claims.yaml fixes seeds 0-3, without 4; exploratory=true" in capsys.readouterr().err
+    assert "claims.yaml fixes seeds 0-3, so 4 cannot test its claims; exploratory=true" in capsys.readouterr().err
     path.write_text(path.read_text() + "# changed after the runs\n")
     assert claims.main(command) == 1
     assert "claims.yaml has changes that are not committed" in capsys.readouterr().err

@@ -183,7 +183,7 @@ def test_the_command_plans_from_a_pilot(migrated: Path, tmp_path: Path, capsys: 
     assert "| 1 | first | secondary | 0.0167 | points |" in (out / "plan.md").read_text()
     assert 2 <= int(found["seeds_needed"]) <= 10
     assert claims_plan.main([*command, "--effect", "0.001", "--seeds", "7,8"]) == 0
-    assert "0.001 needs over 1,000 seeds" in (said := capsys.readouterr().out)
+    assert "0.001 points need over 1,000 seeds" in (said := capsys.readouterr().out)
     assert "of seeds 7-8" in said
     assert claims_plan.main([*command, "--effect", "0"]) == 1
     assert "effect=0: expected a number above 0" in capsys.readouterr().err

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Talk to a policy of a finished run, or to two of them side by side with the judge's opinion.",
     )
     add_sampling(parser)
-    parser.add_argument("--against", metavar="K", help="also this policy of the run: sft or a number")
+    parser.add_argument("--against", metavar="K", help="a second policy of the run, sft or a number")
     given = parse(parser, arguments)
     try:
         _talk(given)

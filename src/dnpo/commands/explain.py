@@ -64,7 +64,7 @@ def show(config: str, usage: str, arguments: Sequence[str]) -> None:
         if _is_part(first):
             _part(name, first, width)
     if TYPICAL in tree:
-        say(f"\n{TYPICAL}\n  Values that scale, method and sweep set, and other options read.")
+        say(f"\n{TYPICAL}\n  Values set by scale=…, method=… and +sweep=…, which other options refer to.")
         for name, value in _flat({TYPICAL: tree[TYPICAL]}):
             _line(name, value, comments.get(name, ""), width)
 

@@ -70,7 +70,10 @@ def _parser() -> argparse.ArgumentParser:
             help="s3://… or file:///…, as in store.remote" + ("" if command is publishing else "; instead of store=…"),
         )
     for command in (verifying, removing, publishing):
-        command.add_argument("names", nargs="*", metavar="STAGE/KEY", help="as list shows them; all if none is given")
+        without = "all that no tracked run needs" if command is removing else "all"
+        command.add_argument(
+            "names", nargs="*", metavar="STAGE/KEY", help=f"as list shows them; without any, {without}"
+        )
     uri = default_uri()
     for command in (listing, removing):
         command.add_argument(
@@ -172,7 +175,7 @@ def publish(given: argparse.Namespace) -> int:
         elif "files" in entry.content and remote.publish(entry.name, entry.content, entry.folder):
             new += 1
             say(f"published   {entry.name}")
-    tell(f"{_count(chosen)}: {new} published, {damaged} damaged, the others are there already or have no digests")
+    tell(f"{_count(chosen)}: {new} published, {damaged} damaged, the others are published already or have no digests")
     return int(damaged > 0)
 
 
