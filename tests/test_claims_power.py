@@ -168,7 +168,7 @@ def test_the_command_plans_from_a_pilot(migrated: Path, tmp_path: Path, capsys: 
     assert claims_plan.main(command) == 0
     said = capsys.readouterr().out
     assert "secondary first" in said
-    assert f"4 × {PROMPTS} find " in said
+    assert f"4 seeds × {PROMPTS} prompts detect " in said
     assert "Pilot: 6 runs of seeds 7-9. A variance between 3 seeds" in said
     assert "2: without a pilot: sweep main is complete for no seed" in said
     assert "3: without a pilot: nothing varies in the pilot" in said

@@ -387,7 +387,7 @@ def test_a_page_begins_with_one_sentence_one_figure_and_one_table_and_ends_with_
         ),
         ([("spin", 19.8, ""), ("dnpo", 9.5, "−10.3 ± 1.3*")], "spin is best with 19.8 points of 100."),
         ([("dnpo", 20.8, "+1.0 ± 15.3"), ("spin", 19.8, "")], "(+1.0 ± 15.3 compared with spin, not significant)."),
-        ([("dnpo", 20.8, "+1.0 ± 0.3*"), ("spin", 19.8, "")], "(+1.0 ± 0.3 from spin)."),
+        ([("dnpo", 20.8, "+1.0 ± 0.3*"), ("spin", 19.8, "")], "(+1.0 ± 0.3 compared with spin)."),
         ([("spin", 19.8, "")], "spin is best with 19.8 points of 100."),
     ],
 )
