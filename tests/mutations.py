@@ -841,8 +841,8 @@ MUTATIONS = (
     Mutation(
         "a variance over n instead of n − 1",
         "stats/intervals.py",
-        "float(x.var(ddof=1)) / len(x)",
-        "float(x.var()) / len(x)",
+        "0.0 if still(x) else float(x.var(ddof=1))",
+        "0.0 if still(x) else float(x.var())",
         "test_comparisons.py::test_with_one_seed_it_is_the_t_test",
     ),
     Mutation(
