@@ -59,7 +59,7 @@ def test_errors_name_what_went_wrong(
         with pytest.raises(SystemExit) as stopped:
             main([run, "format=gguf", f"to={to}"])
         assert stopped.value.code == 1
-        return capsys.readouterr().err
+        return capsys.readouterr().err.splitlines()[-1]
 
     assert told().startswith("error: format=gguf: needs llama.cpp's convert_hf_to_gguf.py, which is not on the PATH")
     assert not to.exists()

@@ -176,10 +176,10 @@ def test_a_plan_shows_every_stage_and_computes_nothing(finished: Path, tmp_path:
     assert re.search(r"iteration 0 · reference +reference/[0-9a-f]{16} +to do", fresh)
     assert not (tmp_path / "store").exists()
     there = succeed(finished, *SMOKE, "plan=true")
-    assert there.count(" there") == 16
+    assert there.count(" stored") == 16
     other = succeed(finished, *SMOKE, "plan=true", "npo.alpha=0.7")
     # Another alpha shares everything up to the reference's log-probabilities of iteration 1.
-    assert (other.count(" there"), other.count("to do")) == (13, 3)
+    assert (other.count(" stored"), other.count("to do")) == (13, 3)
 
 
 def test_settings_that_cannot_change_a_result_are_not_in_the_keys(finished: Path) -> None:
@@ -189,14 +189,14 @@ def test_settings_that_cannot_change_a_result_are_not_in_the_keys(finished: Path
         *(f"{part}.checkpointing=true" for part in ("sft", "trainer")),
         *("trainer.share_prompt=false", "trainer.compile=true"),
     ]
-    assert succeed(finished, *SMOKE, "plan=true", *overrides).count(" there") == 16
+    assert succeed(finished, *SMOKE, "plan=true", *overrides).count(" stored") == 16
 
 
 def test_methods_share_iteration_0(finished: Path) -> None:
     out = succeed(finished, *SMOKE, "method=spin", "plan=true")
     assert "iteration 1 · judge" not in out
     lines = [line for line in out.splitlines() if "iteration 1" in line]
-    assert [line.split()[-1] for line in lines] == ["there", *["do"] * 5]
+    assert [line.split()[-1] for line in lines] == ["stored", *["do"] * 5]
 
 
 def test_a_part_starts_at_its_iteration(finished: Path) -> None:

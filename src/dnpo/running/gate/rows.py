@@ -149,7 +149,7 @@ def used(plans: "Sequence[Plan]", train: Sequence[Prompt]) -> list[Finding]:
             )
             found.append(Finding("given pairs", "stop", text, "data.columns, other data, or rollout=ahead"))
         sizes.append(len(some))
-    if set(sizes) == {len(train)}:
+    if set(sizes) <= {len(train)}:  # also if there is no iteration, as in an evaluation
         return found
     *most, last = (f"{size:,}" for size in sizes)
     text = f"of {len(train):,} training prompts, iteration {plans[0].k} uses {last}"
