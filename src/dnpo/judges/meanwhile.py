@@ -52,7 +52,8 @@ class Meanwhile:
         self._process = context.Process(target=_judge, args=(there, judge, ledger.path, ledger.run), daemon=True)
         self._process.start()
         there.close()  # so that this process notices the end of the other one
-        Thread(target=self._exchange, name="judge", daemon=True).start()
+        self._thread = Thread(target=self._exchange, name="judge", daemon=True)
+        self._thread.start()
 
     def ask(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> "Future[list[Verdict]]":
         """Have responses judged, after the responses of earlier calls.
@@ -68,6 +69,7 @@ class Meanwhile:
         """End the other process at once."""
         self._rounds.put(None)
         self._process.kill()
+        self._thread.join()  # first, since only one of two threads that wait for a process learns its exit code
         self._process.join()
 
     def _exchange(self) -> None:
