@@ -109,8 +109,8 @@ def _place_on_map(measures: Mapping[str, Any]) -> str:
     return (
         "How good must a judge be? The map of `dnpo figures fig15` (docs/judges.md) has the gain of labels by a judge "
         f"over labels by origin. On its axis this judge has accuracy {value} % ({low} to {high}){chance}: "
-        f"{_between(accuracy['low'], accuracy['high'])}. {line}. A judge can help only if it is right more often than "
-        "labels by origin (the dashed line)."
+        f"{_between(accuracy['low'], accuracy['high'])}. {line}. The dashed line shows how often labels "
+        "by origin are right."
     )
 
 
