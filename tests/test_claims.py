@@ -1025,7 +1025,7 @@ def test_stages_computed_before_the_claims_do_not_test_them(migrated: Path, tmp_
     assert f"1 run: commit {before[:9]}, which made it, is older than claims.yaml of commit {after[:9]}" in text
     assert "this repository does not know the commit 000000000 that made it" in text
     assert "it was made outside a git repository" in text
-    assert registration.objection(replace(runs[0], tags={}, artifacts="file:///nowhere")) == (
+    assert registration.objection(replace(runs[0], tags={}, artifacts=(tmp_path / "nowhere").as_uri())) == (
         "it is not known which commit made it"
     )
 

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
             "--remote",
             metavar="ADDRESS",
             required=command is publishing,
-            help="s3://… or file:///…, as in store.remote" + ("" if command is publishing else "; instead of store=…"),
+            help="s3://… or file://…, as in store.remote" + ("" if command is publishing else "; instead of store=…"),
         )
     for command in (verifying, removing, publishing):
         without = "all that no tracked run needs" if command is removing else "all"

@@ -26,7 +26,7 @@ from dnpo.store.manifests import MANIFEST, parse
 
 LEASES = ".leases"
 FETCHED = ".fetched"  # folder in a local store where a stage is put together
-EXPECTED = "expected s3://BUCKET/FOLDER or file:///FOLDER"
+EXPECTED = "expected s3://BUCKET/FOLDER, or file:// and an absolute path"
 TAKEN = {"PreconditionFailed", "ConditionalRequestConflict", "409", "412"}
 LONGEST_REASON = 200
 TIMEOUT = 20.0  # seconds without an answer before a server is asked again
@@ -43,8 +43,8 @@ class Remote:
     After its first refusal or failure it is not used again; ``lost`` gives the reason.
 
     Args:
-        address: ``s3://BUCKET/FOLDER`` or ``file:///FOLDER``. Credentials and endpoints are read where the provider's
-            tools read them, never from an address.
+        address: ``s3://BUCKET/FOLDER``, or ``file://`` and an absolute path. Credentials and endpoints are read where
+            the provider's tools read them, never from an address.
         expiry: seconds after which a lease that is not renewed expires.
 
     Raises:
