@@ -40,6 +40,7 @@ from analysis.claims_registered import Registration
 from analysis.claims_rules import CHECKED, OUTCOMES
 from analysis.claims_runs import describe_work, to_csv
 from analysis.keeping import log as keep
+from analysis.keeping import writing_to
 from dnpo.errors import SettingsError, TrackingError
 from dnpo.escape import say, tell
 from dnpo.tracking.reading import KIND, Database
@@ -121,6 +122,8 @@ def _go(options: argparse.Namespace) -> int:
     except TrackingError as error:
         if not earlier.results:
             raise TrackingError(f"{error}. To run the sweeps first: python -m analysis.claims run=true") from error
+    with writing_to(options.out):  # refused before the runs are read
+        pass
     tracked = Tracked.of(book, database, where, seeds, required)
     began = time.monotonic()
     results = assess(book, tracked, options.exploratory, earlier.results)
@@ -221,8 +224,7 @@ def run_missing(
         command = sweep_command(name, sweep, lacking, options)
         print(f"sweep {name}: {' '.join(command[1:])}", flush=True)
         began = time.monotonic()
-        options.out.mkdir(parents=True, exist_ok=True)
-        with (options.out / f"{name}.log").open("w") as stream:
+        with writing_to(options.out), (options.out / f"{name}.log").open("w") as stream:
             status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
         took = f"{time.monotonic() - began:.0f} s"
         if status:
@@ -311,9 +313,9 @@ def write_runs(book: Book, tracked: Tracked, folder: Path) -> list[Path]:
 
 
 def _write(folder: Path, contents: Mapping[str, str]) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        (folder / name).write_text(content, encoding="utf-8")
+    with writing_to(folder):
+        for name, content in contents.items():
+            (folder / name).write_text(content, encoding="utf-8")
     return [folder / name for name in contents]
 
 

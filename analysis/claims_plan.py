@@ -23,6 +23,7 @@ from analysis.claims_options import choose_seeds, execute, make_parser, pair_tag
 from analysis.claims_registered import Registration
 from analysis.claims_rules import POWER, strictest
 from analysis.claims_tables import ranges, remarks_by_text
+from analysis.keeping import writing_to
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import for_csv, for_markdown, say, tell
 from dnpo.stats.intervals import Components, Mean
@@ -98,16 +99,18 @@ def _go(options: argparse.Namespace) -> int:
         raise SettingsError(f"effect={options.effect:g}: expected a number above 0")
     seeds = choose_seeds(book, options)
     database = Database(options.uri, options.experiment)
+    with writing_to(options.out):  # refused before the runs are read
+        pass
     results = assess(book, Tracked.of(book, database, pair_tags(options.tag), seeds), exploratory=True)
     plans, reasons = make(book, results, options.effect)
     if not plans:
         raise DnpoError(f"no claim has a pilot. {' '.join(reasons)}")
     about = describe(book, plans, results)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "plan.md").write_text(markdown(plans, [*about, *reasons]), encoding="utf-8")
     registration = Registration.of(book.path)
     registered = "" if registration.problem else registration.commit
-    (options.out / PLAN).write_text(to_csv(plans, registered, pilot_seeds(results)), encoding="utf-8")
+    with writing_to(options.out):
+        (options.out / "plan.md").write_text(markdown(plans, [*about, *reasons]), encoding="utf-8")
+        (options.out / PLAN).write_text(to_csv(plans, registered, pilot_seeds(results)), encoding="utf-8")
     for plan in plans:
         tell(sentence(plan))
     tell("\n" + "\n".join([*reasons, *about]))

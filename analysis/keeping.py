@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,20 @@ def write(drawing: Drawing, name: str, folder: Path) -> list[Path]:
     Raises:
         DataError: the folder cannot be written.
     """
+    with writing_to(folder):
+        return _picture(drawing, folder / name) if isinstance(drawing, DrawnFigure) else _table(drawing, folder / name)
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Make the folder of the results, and explain an error of writing there.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return _picture(drawing, folder / name) if isinstance(drawing, DrawnFigure) else _table(drawing, folder / name)
+        yield
     except OSError as error:
         raise DataError(f"out={folder}: {error.strerror}; expected a folder to write to") from error
 

@@ -10,7 +10,7 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from analysis import claims, claims_measures, claims_page, claims_tables
+from analysis import claims, claims_measures, claims_page, claims_plan, claims_tables
 from analysis.claims_assess import Tracked, in_force, list_needed_policies
 from analysis.claims_book import FILE, Sweep, Term, read, terms
 from analysis.claims_earlier import read as read_earlier
@@ -782,6 +782,19 @@ def test_nothing_to_read_is_reported(tmp_path: Path, database: str, capsys: pyte
     assert "seeds=one: " in capsys.readouterr().err
     assert claims.main(["--tag", "beta", "--uri", database, *out]) == 1
     assert "tag=beta: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [claims.main, claims_plan.main])
+def test_results_that_cannot_be_written_are_refused_before_anything_is_read(
+    command: Callable[[list[str]], int], tmp_path: Path, database: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file := tmp_path / "file").write_text("")
+    for out in (file, file / "inside"):
+        assert command(["--uri", database, "--out", str(out)]) == 1
+        said = capsys.readouterr()
+        assert said.err.startswith(f"error: out={out}: ")
+        assert "expected a folder to write to" in said.err
+        assert not said.out
 
 
 def test_all_formats_agree_and_are_logged(known: Path, tmp_path: Path) -> None:

@@ -188,6 +188,20 @@ def test_a_job_does_not_look_for_garbage_during_imports(tmp_path: Path) -> None:
         gc.set_threshold(*before)
 
 
+@pytest.mark.parametrize("verb", [name for name, each in VERBS.items() if each.module.startswith("analysis")])
+def test_figures_and_claims_say_what_they_do_before_their_imports(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def at_import(module: str) -> None:
+        assert capsys.readouterr().err == f"dnpo {__version__}: {verb} out=here\n"
+        raise KeyboardInterrupt  # the rest is of no interest
+
+    monkeypatch.setattr(cli, "import_module", at_import)
+    with pytest.raises(SystemExit):
+        cli.main([*verb.split(), "out=here"])
+    assert "Interrupted" in capsys.readouterr().out
+
+
 def test_methods_are_listed_with_their_sources_and_explained(tmp_path: Path, narrow: None) -> None:
     text = dnpo(tmp_path, "methods").stdout
     assert max(map(len, text.splitlines())) <= WIDTH

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dnpo import __version__, interrupts
 from dnpo.commands.verbs import VERBS
-from dnpo.escape import say
+from dnpo.escape import announce, say
 
 USAGE = """usage: dnpo VERB [setting=value] …
 A laboratory for LLM self-improvement with synthetic preference data.
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verb = VERBS[name]
     rest = given[len(name.split()) :]
     try:
+        if verb.module.startswith("analysis") and not {"-h", "--help"} & set(rest):  # its imports take seconds
+            announce(" ".join([name, *rest]))
         status = _function(verb.module)([*verb.before, *rest])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output, such as head, has ended

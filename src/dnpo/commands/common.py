@@ -90,6 +90,7 @@ def run(
 
     given = sys.argv[1:] if arguments is None else list(arguments)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # makes Hydra raise errors instead of printing them
+    collect_garbage_less_often()  # here too: composing creates many objects before the first line is printed
     try:
         folder = conf_folder()
         if not (folder / f"{config}.yaml").is_file():
