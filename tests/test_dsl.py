@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from dnpo.dsl import (
+    REASONS,
     Best,
     BestWorst,
     Candidate,
@@ -347,6 +348,13 @@ def test_equal_scores_make_no_pair_and_are_counted(labeller: Labeller) -> None:
     found = labels_of(labeller, [50.0, 50.0, 50.0])
     assert found.pairs == []
     assert found.counts["tied"] == 1
+
+
+@pytest.mark.parametrize("labeller", [BestWorst(), Ranked(), RandomPairs(), FirstTwo(), Right()])
+def test_a_prompt_without_scores_to_compare_is_only_counted_as_unscored(labeller: Labeller) -> None:
+    found = labels_of(labeller, [None, *[50.0] * (labeller.fewest - 1)])
+    assert found.pairs == []
+    assert {name: found.counts[name] for name in REASONS if found.counts.get(name)} == {"unscored": 1}
 
 
 def test_a_labeller_is_never_called_without_responses() -> None:

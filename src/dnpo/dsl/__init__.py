@@ -197,7 +197,11 @@ def label_some(
             right.append((len(scores), sum(score >= labeller.right_from for score in scores)))
         labelled = labeller(prompt, [*fixed, *new]) if new else []
         if not labelled and labeller.nothing:
-            counts["identical" if len(new) < labeller.fewest <= len(responses) else labeller.nothing] += 1
+            scored = sum(not labeller.needs_scores or each.score is not None for each in new)
+            if len(new) < labeller.fewest <= len(responses):
+                counts["identical"] += 1
+            elif not scored < labeller.fewest <= len(new):  # the others are counted as unscored
+                counts[labeller.nothing] += 1
         pairs += [make_pair(prompt, chosen, rejected, iteration) for chosen, rejected in labelled]
     counts["pairs"], counts["flipped"] = len(pairs), sum(pair.flipped for pair in pairs)
     return pairs, Counts(dict(counts), right)
