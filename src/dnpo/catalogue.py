@@ -190,7 +190,14 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("leaderboard/gsm8k", "GSM8K", "GSM8K", "%", better="higher", needs=BOARD),
             Metric("leaderboard/hellaswag", "HellaSwag", "HellaSwag", "%", better="higher", needs=BOARD),
             Metric("leaderboard/mmlu", "MMLU", "MMLU", "%", better="higher", needs=BOARD),
-            Metric("leaderboard/ifeval", "IFEval", "IFEval", "%", better="higher", needs=BOARD),
+            Metric(
+                "leaderboard/ifeval",
+                "IFEval",
+                "IFEval",
+                "%",
+                better="higher",
+                needs="eval=leaderboard eval.leaderboard.benchmarks=[ifeval]",
+            ),
             Metric(
                 "tasks/<task>",
                 "Score of lm-eval's <task>",
