@@ -45,7 +45,7 @@ from dnpo.tracking.writing import MLflowTracking
 from tests.commands import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = FILE.with_name("claims_small.yaml")
+SMALL, MAP = (FILE.with_name(f"claims_{name}.yaml") for name in ("small", "map"))
 
 
 # --- measures
@@ -382,7 +382,9 @@ def test_the_commands_of_live_methods_make_every_run_that_their_claims_need() ->
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("file", "sweep"), [*((FILE, sweep) for sweep in read(FILE).sweeps), (SMALL, "small")])
+@pytest.mark.parametrize(
+    ("file", "sweep"), [*((FILE, sweep) for sweep in read(FILE).sweeps), (SMALL, "small"), (MAP, "noise_map")]
+)
 def test_every_claim_finds_all_that_it_needs_in_its_sweep(file: Path, sweep: str) -> None:
     book = read(file)
     wanted = [claim for claim in book.claims if claim.sweep == sweep]
