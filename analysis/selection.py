@@ -11,6 +11,7 @@ from typing import Any
 
 from dnpo import palette
 from dnpo.errors import DataError, DnpoError
+from dnpo.report.groups import is_branch, is_off, starts
 from dnpo.tracking.earlier import TARGET, knows
 from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import FINISHED, SFT, Database, TrackedRun
@@ -158,7 +159,7 @@ class Runs:
         cells = self._cells(
             self.finished, lambda run: [row["iteration"] for row in run.table], differing_starts=False, matters=matters
         )
-        late = sorted({k for run in cells.used for k in _starts(run) if k > 1})
+        late = sorted({k for run in cells.used for k in starts(run) if k > 1})
         begins = (
             [f"labels and noise begin at iteration {', '.join(map(str, late))}; before that the runs are SPIN's"]
             if late
@@ -173,7 +174,7 @@ class Runs:
             Absent: no run branches off.
             DataError: the runs differ in other settings than those that are compared.
         """
-        branched = [run for run in self.finished if _is_branch(run)]
+        branched = [run for run in self.finished if is_branch(run)]
         if all(method_of(run) == SPIN for run in branched):
             raise Absent(
                 f"{self.asked} has no run that branches off the SPIN chain at its last iteration (dsl.start=last, "
@@ -361,7 +362,7 @@ def refuse_mixture(
     compare(runs, [name for name in counting if not own(name)])
     differs = [name for name in counting if own(name)]
     for members in groups.values():
-        among = [name for name in differs if not (_is_start(name) and (differing_starts or _is_off(members[0], name)))]
+        among = [name for name in differs if not (_is_start(name) and (differing_starts or is_off(members[0], name)))]
         by_seed: dict[tuple[int, str], list[TrackedRun]] = {}
         for run in members:
             by_seed.setdefault((run.seed, run.params.get("iterations", "")), []).append(run)
@@ -455,22 +456,6 @@ def _value(run: TrackedRun, name: str) -> str:
 
 def _is_start(name: str) -> bool:
     return name.endswith(".start")
-
-
-def _is_off(run: TrackedRun, name: str) -> bool:
-    """Whether the part that a setting belongs to is off in a run."""
-    return (run.option(name.split(".")[0]) or "off") == "off"
-
-
-def _is_branch(run: TrackedRun) -> bool:
-    """Whether a run's labels and noise begin at its last iteration, which must be 1 or later; true of SPIN too."""
-    last = int(run.params["iterations"]) - 1
-    return last >= 1 and all(start == last for start in _starts(run))
-
-
-def _starts(run: TrackedRun) -> list[int]:
-    """The iterations at which noise and labels by score begin, if the run has them."""
-    return [int(run.params.get(f"{part}.start", 0)) for part in ("dsl", "npo") if not _is_off(run, part)]
 
 
 def describe(run: TrackedRun) -> Mapping[str, Any]:

@@ -24,13 +24,14 @@ from dnpo.errors import DataError
 from dnpo.escape import HIDDEN
 from dnpo.report.comparison import MEASURES, Items, ReportMeasure, compare
 from dnpo.report.content import content
-from dnpo.report.drawing import draw_response
+from dnpo.report.drawing import draw_response, height_of_response
 from dnpo.report.groups import group_runs
 from dnpo.report.markdown import render
 from dnpo.report.outcome import Ranking
 from dnpo.report.page import html, make_visible, number, strip_secrets
-from dnpo.report.response import find_responses
+from dnpo.report.response import Response, find_responses
 from dnpo.report.selection import select
+from dnpo.running.notes import describe_sweep
 from dnpo.running.sweep import summarise
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.paired import compare_paired
@@ -313,7 +314,8 @@ def test_a_branching_sweep_counts_only_the_last_iteration_of_each_run(lab: Lab) 
         for method, score in (("spin", 50.0), ("dsl", 60.0)):
             for seed in (0, 1):
                 table = [{"iteration": k, "eval/score": score + 10 * k + seed} for k in range(iterations)]
-                params = {"iterations": iterations, "dsl.start": iterations - 1, "npo.start": iterations - 1}
+                # as the sweep's acts_from=last has it; a part that is off has no start but its default
+                params = {"iterations": iterations, "dsl.start": (iterations - 1) * (method == "dsl"), "npo.start": 0}
                 tags = {"dnpo.method": method, "dnpo.dsl": "score" if method == "dsl" else "off", "dnpo.npo": "off"}
                 name = f"method={method} iterations={iterations} seed={seed}"
                 lab.run(name, table, seed=seed, params=params, tags=tags, sweep="ablation")
@@ -328,6 +330,17 @@ def test_a_branching_sweep_counts_only_the_last_iteration_of_each_run(lab: Lab) 
         [[70.0, 71.0], [80.0, 81.0]],
     ]
     assert not groups.missing
+
+
+def test_methods_of_different_numbers_of_iterations_lack_nothing(lab: Lab) -> None:
+    for method, iterations in (("dpo", 1), ("spin", 3)):
+        for seed in (0, 1) if method == "spin" else (0,):
+            table = [{"iteration": k, "eval/score": 50.0 + k + seed} for k in range(iterations)]
+            tags = {"dnpo.method": method, "dnpo.dsl": "off", "dnpo.npo": "off"}
+            lab.run(f"{method} {seed}", table, seed=seed, params={"iterations": iterations}, tags=tags, sweep="both")
+    groups = group_runs(select(Database(lab.uri), "both").runs)
+    assert not groups.branching
+    assert groups.missing == ("dpo has no finished run with seed 1.",)
 
 
 def test_runs_are_labelled_by_the_fewest_settings_and_a_rerun_counts_once(lab: Lab) -> None:
@@ -398,6 +411,16 @@ def test_a_page_calls_a_setting_best_only_with_what_its_difference_is_worth(
     starred = any(difference.endswith("*") for *_, difference in rows)
     ranking = Ranking(ReportMeasure(catalogue.metric("eval/score")), "spin", tuple(ranked), 0, starred)
     assert end in ranking.sentence
+
+
+def test_the_command_of_a_sweep_is_code_below_what_is_missing(lab: Lab) -> None:
+    for seed in range(15):
+        lab.run(f"spin seed={seed}", None, seed=seed, sweep="main", status="FAILED")
+    groups = group_runs(select(Database(lab.uri), "main").runs)
+    text = render(describe_sweep("main", 15, groups, [], {}, {}, ["-m", "+sweep=main"], []))
+    assert "<pre><code>python -m dnpo.train -m +sweep=main" in text
+    assert text.count("<li>") == 13
+    assert "<li>3 more are on the report's page.</li>" in text
 
 
 def test_a_note_is_shown_as_markdown_without_links_and_pictures() -> None:
@@ -487,9 +510,9 @@ def test_ticks_of_a_response_do_not_overlap(lab: Lab, alphas: Sequence[float]) -
     groups = group_runs(Database(lab.uri).runs(sweeps=["search"]))
     for response in find_responses(groups, MEASURES[0], Items()):
         figure = Figure(figsize=(2.4, 2.7), layout="constrained")
-        axis = figure.subplots()
-        draw_response(axis, response)
+        draw_response(figure, response, 2.4)
         figure.draw_without_rendering()
+        (axis,) = figure.axes
         left, right = axis.get_xlim()
         shown = [
             label for at, label in zip(axis.get_xticks(), axis.get_xticklabels(), strict=True) if left <= at <= right
@@ -497,6 +520,22 @@ def test_ticks_of_a_response_do_not_overlap(lab: Lab, alphas: Sequence[float]) -
         ends = [label.get_window_extent() for label in shown if label.get_text()]
         assert len(ends) > 1
         assert all(before.x1 < after.x0 for before, after in itertools.pairwise(ends))
+
+
+@pytest.mark.parametrize("wide", [2.4, 4.2])
+def test_the_legend_of_a_response_hides_nothing(wide: float) -> None:
+    points = [(float(n), Estimate(20.0, 10.0, 30.0)) for n in (2, 3, 4)]  # wherever a legend is, there is an interval
+    lines = {f"method={name}": points for name in ("spin", "dsl", "npo", "dnpo")}
+    response = Response("iterations", MEASURES[0], lines, dict.fromkeys(lines, ("off", "off")), True)
+    figure = Figure(figsize=(wide, height_of_response(response, wide)), layout="constrained")
+    draw_response(figure, response, wide)
+    figure.draw_without_rendering()
+    ((axis,), (legend,)) = figure.axes, figure.legends
+    box, whole = legend.get_window_extent(), figure.bbox
+    assert not box.overlaps(axis.get_tightbbox())
+    assert whole.x0 <= box.x0 < box.x1 <= whole.x1, "the legend is cut"
+    assert whole.y0 <= box.y0
+    assert axis.get_window_extent().height > 0.4 * whole.height
 
 
 def test_numbers_that_are_almost_equal_are_shown_whole(lab: Lab) -> None:

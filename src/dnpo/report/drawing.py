@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
 from dnpo.catalogue import Metric, metric
@@ -30,6 +30,9 @@ PLAIN: dict[Any, Any] = {
     "text.parse_math": False,  # show $ in names literally
 }
 MOST_TICKS = 8  # if a setting has more values, they are not all marked on the axis
+WIDTH = 7.4  # inches: the column for notes on MLflow's page
+LETTER, LETTER_OF_TITLE = 0.08, 0.1  # inches: how wide letters of a legend and of a title are, with margins
+SHORT_LINE = 24  # letters of a line's name that fit into a third of the width
 ONE_RUN = "One run: no interval."
 PROGRESS = ("eval/score", "second/score", "eval/accuracy", "eval/loss")  # metrics in the picture of a run's progress
 
@@ -107,8 +110,7 @@ def over_iterations(
     rows = -(-len(panels) // columns) or 1
     high = 0.2 * len(looks) + 1.0 if many else 2.7
     with rc_context(PLAIN):
-        # As wide as the column for notes on MLflow's page.
-        figure = Figure(figsize=(7.4, rows * high + (0.8 if len(looks) > 1 else 0.4)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, rows * high + (0.8 if len(looks) > 1 else 0.4)), layout="constrained")
         axes = np.atleast_1d(figure.subplots(rows, columns, sharey=many)).ravel().tolist()
         for axis, panel in zip(axes, panels, strict=False):
             (_dots if many else _lines)(axis, panel, looks, joined)
@@ -180,22 +182,37 @@ def _dots(axis: Axes, panel: Panel, looks: Mapping[str, Look], joined: bool) -> 
 
 def responses(found: Sequence[Response], path: Path, title: str, note: str) -> None:
     """Draw a measure of the last policies over each setting with several numeric values, one panel each."""
-    columns = min(len(found), 3)
-    rows = -(-len(found) // columns)
+    longest = max(len(line) for each in found for line in each.lines)
+    columns = min(len(found), 3 if longest <= SHORT_LINE else 2)
+    rows, wide = -(-len(found) // columns), WIDTH / columns
     with rc_context(PLAIN):
-        figure = Figure(figsize=(7.4, 2.7 * rows + 0.6), layout="constrained")
-        axes = np.atleast_1d(figure.subplots(rows, columns)).ravel().tolist()
-        for axis, response in zip(axes, found, strict=False):
-            draw_response(axis, response)
-        for axis in axes[len(found) :]:
-            axis.set_axis_off()
+        high = max(height_of_response(each, wide) for each in found)
+        figure = Figure(figsize=(WIDTH, high * rows + 0.6), layout="constrained")
+        panels = figure.subfigures(rows, columns, squeeze=False).ravel().tolist()
+        for panel, response in zip(panels, found, strict=False):
+            draw_response(panel, response, wide)
         figure.suptitle("\n".join([*textwrap.wrap(title, 95), note]), fontsize=9)
         figure.savefig(path, dpi=100)
 
 
-def draw_response(axis: Axes, response: Response) -> None:
-    """Draw one measure over one setting, on a logarithmic axis if the setting's values span a factor of ten."""
-    metric = response.measure.metric
+def height_of_response(response: Response, wide: float) -> float:
+    """Return how many inches high a panel of :func:`draw_response` must be, if it is ``wide`` inches wide."""
+    rows = -(-len(response.lines) // _columns_of_legend(response, wide)) if len(response.lines) > 1 else 0
+    return 2.7 + 0.17 * rows
+
+
+def _columns_of_legend(response: Response, wide: float) -> int:
+    return int(wide / LETTER) // (max(map(len, response.lines)) + 6) or 1
+
+
+def draw_response(panel: FigureBase, response: Response, wide: float) -> None:
+    """Draw one measure over one setting, on a logarithmic axis if the setting's values span a factor of ten.
+
+    Args:
+        panel: a figure or a part of one, with a constrained layout.
+        wide: inches.
+    """
+    metric, axis = response.measure.metric, panel.subplots()
     for (label, points), look in zip(response.lines.items(), choose_looks(response.options).values(), strict=True):
         axis.errorbar(
             [number for number, _ in points],
@@ -216,11 +233,11 @@ def draw_response(axis: Axes, response: Response) -> None:
     if response.joined and len(numbers) <= MOST_TICKS:  # a search's values may be too close to mark
         axis.set_xticks(numbers, [f"{number:g}" for number in numbers], minor=False)
         axis.set_xticks([], minor=True)
-    if len(response.lines) > 1:
-        axis.legend(fontsize=8)
     axis.set_xlabel(response.setting)
     axis.set_ylabel(metric.unit or metric.symbol or metric.label)
-    axis.set_title(textwrap.fill(metric.title, 30), fontsize=9.5)
+    axis.set_title(textwrap.fill(metric.title, int(wide / LETTER_OF_TITLE)), fontsize=9.5)
+    if len(response.lines) > 1:  # outside the axes, where it hides no interval
+        panel.legend(loc="outside lower center", ncols=_columns_of_legend(response, wide), fontsize=8)
 
 
 def describe_movement(row: Mapping[str, Any]) -> str:

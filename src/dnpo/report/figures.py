@@ -13,10 +13,11 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dnpo.catalogue import Metric
 from dnpo.palette import BREAK, EDGE, GRID, HUMAN, OTHER, Look
-from dnpo.report.drawing import draw_response, logprob_histogram
+from dnpo.report.drawing import draw_response, height_of_response, logprob_histogram
 from dnpo.report.page import make_visible
 from dnpo.report.response import Response
 from dnpo.stats.intervals import Estimate
@@ -106,7 +107,7 @@ def over_iterations(
             )
         places = sorted({at for line in lines for at, _ in line.points})
         axis.set_xticks(places, [SFT if at < 0 else f"{at:.0f}" for at in places])
-        axis.set_xlabel("policy after iteration (SFT: before the first)")
+        axis.set_xlabel("policy after iteration" + (" (SFT: before the first)" if places[0] < 0 else ""))
         return _svg(figure, metric.title, caption)
 
 
@@ -135,8 +136,8 @@ def response(found: Response) -> Picture:
     """Draw a measure of the last policies over a setting that has several numeric values."""
     metric = found.measure.metric
     with matplotlib.rc_context(PLAIN):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        draw_response(figure.subplots(), found)
+        figure = Figure(figsize=(SIZE[0], height_of_response(found, SIZE[0])), layout="constrained")
+        draw_response(figure, found, SIZE[0])
         title = f"{metric.title} over {make_visible(found.setting)}"
         return _svg(figure, title, "The last policy of each run. Bars: 95 % intervals.")
 
@@ -170,6 +171,7 @@ def over_steps(
                     axis.plot(*_smooth(steps[part], values[part], window), color=look.colour)
         for edge in breaks:
             axis.axvline(edge, color=BREAK, linewidth=0.8, linestyle=":")
+        axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
         axis.set_xlabel("training step" + (" (dotted: a new iteration)" if breaks else ""))
         caption = f"Mean over {window} steps in a row; thin: every step." if window > 1 else ""
         return _svg(figure, metric.title, caption)
@@ -201,7 +203,7 @@ def png(path: Path) -> Picture | None:
 
 def _blank(metric: Metric) -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE)  # a computed layout would draw everything twice
-    figure.subplots_adjust(left=0.175, right=0.985, bottom=0.165, top=0.915)
+    figure.subplots_adjust(left=0.175, right=0.97, bottom=0.165, top=0.915)
     axis = figure.subplots()
     axis.set_title(metric.title)
     axis.set_ylabel(metric.unit or metric.symbol or metric.label)

@@ -139,23 +139,38 @@ def group_runs(runs: Sequence[TrackedRun]) -> Groups:
     for values, members in zip(_shorten(list(buckets)), buckets.values(), strict=True):
         newest = {(run.seed, run.params.get("iterations") if branching else ""): run for run in members}
         repeated += len(members) - len(newest)
-        chosen = sorted(newest.values(), key=lambda run: (run.seed, run.started))
+        chosen = sorted(newest.values(), key=lambda run: (run.seed, _length(run), run.started))
         groups.append(Group(_label(names, values), tuple(_member(run, branching) for run in chosen)))
-    missing = [*_list_unfinished(runs, finished), *_gaps(groups)]
+    missing = [*_list_unfinished(runs, finished), *_gaps(groups, branching)]
     if repeated:
         missing.append(f"Left out, because a newer run has the same settings and seed: {plural(repeated, 'run')}.")
     return Groups(tuple(groups), tuple(map(_short, names)), branching, tuple(missing))
 
 
 def _is_branching(runs: Sequence[TrackedRun]) -> bool:
-    """Return whether runs differ in their number of iterations, and in each run a part starts at the last one."""
-    if len({run.params.get("iterations") for run in runs}) < 2:
-        return False
-    return all(
-        any(run.params.get(name) == str(int(run.params["iterations"]) - 1) for name in STARTS)
-        for run in runs
-        if run.params.get("iterations", "").isdigit()
-    )
+    """Return whether runs differ in their number of iterations, and those with parts begin with them at the last."""
+    several = len({run.params.get("iterations") for run in runs}) > 1
+    return several and any(starts(run) for run in runs) and all(map(is_branch, runs))
+
+
+def is_branch(run: TrackedRun) -> bool:
+    """Return whether labels and noise begin at a run's last iteration, which must be 1 or later; true of SPIN too."""
+    last = _length(run) - 1
+    return last >= 1 and all(start == last for start in starts(run))
+
+
+def _length(run: TrackedRun) -> int:
+    return int(run.params.get("iterations", 0))
+
+
+def starts(run: TrackedRun) -> list[int]:
+    """Return the iterations at which noise and labels by score begin, if the run has them."""
+    return [int(run.params.get(name, 0)) for name in STARTS if not is_off(run, name)]
+
+
+def is_off(run: TrackedRun, setting: str) -> bool:
+    """Return whether the part that a setting belongs to, such as ``npo`` of ``npo.start``, is off in a run."""
+    return (run.option(setting.split(".")[0]) or "off") == "off"
 
 
 def _member(run: TrackedRun, branching: bool) -> Member:
@@ -249,12 +264,14 @@ def describe_state(run: TrackedRun) -> str:
     return known.get(run.status, lambda: f"has the status {run.status}")()
 
 
-def _gaps(groups: Sequence[Group]) -> list[str]:
-    """Describe the seeds and iterations that a group lacks and another has."""
-    iterations = {row["iteration"] for group in groups for member in group.members for row in member.rows}
+def _gaps(groups: Sequence[Group], branching: bool) -> list[str]:
+    """Describe the seeds that a group lacks and another has; in a branching sweep also the iterations."""
+    every = {row["iteration"] for group in groups for member in group.members for row in member.rows}
     seeds = {seed for group in groups for seed in group.seeds}
     gaps = []
     for group in groups:
+        # without branches, how many iterations a run has is one of its settings
+        iterations = every if branching else {row["iteration"] for member in group.members for row in member.rows}
         for seed in sorted(seeds):
             absent = sorted((iteration for iteration in iterations if seed not in group.at(iteration)), key=str)
             if len(absent) == len(iterations):

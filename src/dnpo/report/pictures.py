@@ -124,7 +124,8 @@ def _histograms(shown: Sequence[Group], single: bool) -> list[Picture]:
     """Draw the histograms of every policy of a run, or of each group's last policy with the first seed in a sweep."""
     result = []
     for group in shown:
-        for member in group.members[:1]:
+        first = [member for member in group.members if member.run.seed == group.seeds[0]]
+        for member in first[-1:]:  # of branches the longest
             for row in member.rows if single else member.rows[-1:]:
                 where = "after fine-tuning" if row["iteration"] == SFT else f"after iteration {row['iteration']}"
                 whose = "Responses" if single else f"{group.label}, seed {member.run.seed}: responses"

@@ -273,7 +273,10 @@ def describe_sweep(
         lines += ["", "The other measures are in comparison.md."]
     if groups is not None:
         lines += ["", *(f"- {escape(sentence)}" for sentence in groups.missing[:MOST_MISSING])]
-    lines += ["", code(shlex.join(["python", "-m", "dnpo.train", *arguments]))]
+        more = len(groups.missing) - MOST_MISSING
+        lines += [f"- {more} more are on the report's page."] if more > 0 else []
+    # words between a list and the code, which would otherwise be a paragraph of the list's last entry
+    lines += ["", "Its command:", "", code(shlex.join(["python", "-m", "dnpo.train", *arguments]))]
     return "\n".join(lines)
 
 
