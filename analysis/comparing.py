@@ -26,7 +26,7 @@ from analysis.watched import LOSS, MARK, comes_worse, explain, level, tracked
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.table import Cell, Table, table
 from dnpo.tracking.reading import SFT
-from dnpo.wording import plural
+from dnpo.wording import plural, sentence
 
 IN_WORDS = {
     True: "Benchmarks: the Open LLM Leaderboard's six, %.",
@@ -111,7 +111,7 @@ class Comparisons:
             detectable(self.differences),
             *collect_notes(self.differences),
             describe_cells(self.cells, self.items),
-            *(f"{note[0].upper()}{note[1:]}." for note in self.cells.notes),
+            *map(sentence, self.cells.notes),
         ]
 
     def _mean(
@@ -150,8 +150,7 @@ def collect_notes(comparisons: Sequence[Against]) -> list[str]:
     """The notes of the comparisons, each once; :func:`describe_cells` has the note on a single seed."""
     counts = Counter(note for each in comparisons for note in each.notes if not note.startswith("one seed"))
     return [
-        f"{note[0].upper()}{note[1:]} ({number} of {plural(len(comparisons), 'comparison')})."
-        for note, number in counts.items()
+        sentence(f"{note} ({number} of {plural(len(comparisons), 'comparison')})") for note, number in counts.items()
     ]
 
 

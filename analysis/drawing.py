@@ -18,7 +18,7 @@ from dnpo.catalogue import Metric
 from dnpo.palette import BREAK, FOOT, INK, METHODS, OTHER, OUTCOMES, PAPER, Look
 from dnpo.stats.table import ALPHA
 from dnpo.tracking.reading import SFT
-from dnpo.wording import fixed, plural
+from dnpo.wording import fixed, plural, sentence
 
 COLUMN, PAGE = 3.3, 6.9  # inches: the width of a paper's column, and of its page
 STYLE: Any = {
@@ -129,7 +129,7 @@ def foot(cells: Cells, rows: Sequence[Mapping[str, Any]], shows: str, *more: str
     unscored = max((row["unscored"] for row in rows), default=0)
     lacking = [f"up to {unscored} items that lack a score under some seed are left out"] if unscored else []
     sentences = [*more, *lacking, *cells.notes]
-    return "; ".join(parts) + "." + "".join(f"\n{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
+    return "; ".join(parts) + "." + "".join(f"\n{sentence(words)}" for words in sentences)
 
 
 def whiskers(cells: Cells, rows: Sequence[Mapping[str, Any]], of: Kind = "number") -> str:

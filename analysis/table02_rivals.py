@@ -21,6 +21,7 @@ from analysis.selection import DNPO, Cells, Runs
 from analysis.watched import LOSS, comes_worse, explain, level, tracked
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.table import Cell, Table, table, with_words
+from dnpo.wording import sentence
 
 TITLE = "Results and costs of the methods"
 SWEEP = "methods"
@@ -86,7 +87,7 @@ def make(runs: Runs) -> DrawnTable:
         ),
         *collect_notes([each for found in differences.values() for each in found]),
         describe_cells(cells, items),
-        *(f"{note[0].upper()}{note[1:]}." for note in cells.notes),
+        *map(sentence, cells.notes),
     ]
     objections = split(Registration.of(CLAIMS), cells.used)[1]
     claims = assess(book := read(CLAIMS), _track(book, cells), bool(objections))

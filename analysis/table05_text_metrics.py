@@ -12,6 +12,7 @@ from analysis.results import Against, against, estimate, results, text_measure
 from analysis.selection import BEGINNING, SPIN, Absent, Cells, Runs, spell
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.table import Cell, table
+from dnpo.wording import sentence
 
 TITLE = "Generated texts compared with the positive samples they were trained on"
 SWEEP = "main"
@@ -40,7 +41,7 @@ def make(runs: Runs) -> DrawnTable:
         *([] if "sbert" in tracked else ["Sentence-BERT is not tracked (eval.texts.encoder)."]),
         detectable(compared, shown.scale, "", shown.digits),
         describe_cells(cells, set()),
-        *(f"{note[0].upper()}{note[1:]}." for note in cells.notes),
+        *map(sentence, cells.notes),
     ]
     return DrawnTable(table(rows, shown.digits, shown.scale), TITLE, "measure, method", notes, cells.used)
 

@@ -2,11 +2,14 @@
 
 import argparse
 import gc
+import itertools
 import os
+import pty
 import re
 import shutil
 import subprocess
 import sys
+import termios
 import tomllib
 import zipfile
 from collections.abc import Mapping
@@ -57,7 +60,22 @@ def test_every_verb_explains_itself(tmp_path: Path, verb: str, narrow: None) -> 
     done = dnpo(tmp_path, *verb.split(), "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ")
+    assert max(map(len, done.stdout.splitlines())) <= WIDTH
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_arguments_is_broken_between_words_on_a_terminal(tmp_path: Path) -> None:
+    ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (24, 60))
+    command = [sys.executable, "-m", "dnpo", "store", "nope"]
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    done = subprocess.run(command, cwd=tmp_path, stdout=its, stderr=its, env=environment, check=False, timeout=120)
+    os.close(its)
+    lines = os.read(ours, 10_000).decode().splitlines()
+    os.close(ours)
+    assert done.returncode == 2
+    assert max(map(len, lines)) < 60
+    assert "(choose from 'list', 'verify', 'remove', 'publish')" in " ".join(lines)
 
 
 def test_ctrl_c_during_imports_is_answered_without_a_traceback(
@@ -103,6 +121,7 @@ def test_help_of_a_run_explains_every_setting_of_the_chosen_options(
     done = dnpo(tmp_path, "train", *choices, "--help")
     assert done.returncode == 0, done.stderr
     shown = shown_settings(done.stdout)
+    assert "\njudge@second_judge=off\n  judge@second_judge=choice | code | " in done.stdout
     for choice in choices:
         place, _, option = choice.partition("=")
         if place == "method":
@@ -129,8 +148,8 @@ def test_a_sweep_of_values_is_explained_too(tmp_path: Path) -> None:
     assert "\njudge=longer\n" in done.stdout
 
 
-def test_the_docstring_of_every_part_in_conf_describes_all_of_its_settings() -> None:
-    lacking = []
+def test_the_docstring_of_every_part_in_conf_describes_each_of_its_settings() -> None:
+    lacking, alike = [], set()
     for file in (ROOT / "conf").glob("*/**/*.yaml"):
         tree = OmegaConf.to_container(OmegaConf.load(file))
         targets = [tree["_target_"]] if isinstance(tree, dict) and "_target_" in tree else []
@@ -138,8 +157,11 @@ def test_the_docstring_of_every_part_in_conf_describes_all_of_its_settings() -> 
             if str(target).startswith("dnpo."):
                 part = locate("part", str(target))
                 lacking += [(target, name) for name in _parameters(part) if not describe(part).get(name)]
+                words = [text for name, text in describe(part).items() if name in _parameters(part)]
+                alike |= {(target, text) for text in words if words.count(text) > 1}
                 assert not re.search(r"\bNone\b", " ".join(describe(part).values())), "settings say null"
     assert sorted(set(lacking)) == []
+    assert alike == set()
 
 
 # --- verbs ------------------------------------------------------------------------------------------------------------
@@ -213,6 +235,9 @@ def test_methods_are_listed_with_their_sources_and_explained(tmp_path: Path, nar
         assert f"python -m dnpo.train method={file.stem}" in one
         assert "Expected" in one
         assert max(len(line) for line in one.splitlines() if not line.startswith(" ")) <= WIDTH
+        for line, following in itertools.pairwise(one[: one.index("Its settings:")].splitlines()):
+            if line and following and not re.match(r"  (\d\.|python)|Deviation|Expected", following):
+                assert len(line) + len(following.split()[0]) >= WIDTH - 1, f"{line!r} ends before it is full"
     assert "[Chen et al. 2024]" in text
     own = tmp_path / "own"
     (own / "method").mkdir(parents=True)

@@ -255,7 +255,7 @@ def test_a_sweep_of_one_seed_is_reported_as_such(lab: Lab) -> None:
     paired_runs(lab, (4,), {"spin": 0.0, "dnpo": 10.0})
     _, page = lab.page("main")
     assert "only one seed" in page.text
-    assert "one seed: the interval is over items only" in page.text
+    assert "One seed: the interval is over items only" in page.text
 
 
 def test_missing_jobs_of_an_unfinished_sweep_are_listed(lab: Lab) -> None:

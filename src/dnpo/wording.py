@@ -10,6 +10,11 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
+def sentence(text: str) -> str:
+    """Return words as a sentence: with a capital letter and a full stop."""
+    return f"{text[0].upper()}{text[1:]}."
+
+
 def fixed(value: float, digits: int, signed: bool = False) -> str:
     """Format a number with ``digits`` decimals and, if asked for, its sign; one that is shown as zero has no sign."""
     text = format(value, f"z,.{digits}f")  # z: no −0

@@ -48,7 +48,7 @@ def show(config: str, usage: str, arguments: Sequence[str]) -> None:
     tree, choices = _compose(config, arguments)
     file = conf_folder() / f"{config}.yaml"
     say(f"usage: {usage} [PLACE=OPTION | SETTING=VALUE] …\n")
-    say(textwrap.fill(_purpose(file), width))
+    say(textwrap.fill(_purpose(file), width, break_on_hyphens=False))
     advice = "Options before --help are explained in place of the default ones."
     say(textwrap.fill(advice, width))
     parts = {name: value for name, value in tree.items() if isinstance(value, list) or _is_part(value)}
@@ -57,7 +57,8 @@ def show(config: str, usage: str, arguments: Sequence[str]) -> None:
     for name, value in _flat({name: value for name, value in tree.items() if name not in (*parts, TYPICAL)}):
         _line(name, value, comments.get(name, ""), width)
     for name, value in parts.items():
-        _head(name, choices.get(name), width)
+        group = next((each for each in choices if each.endswith(f"@{name}")), name)  # judge@second_judge
+        _head(group, choices.get(group), width)
         if isinstance(value, list):
             say(f"  a list, one for each iteration; shown here is the first, {name}.0")
         first = value[0] if isinstance(value, list) and value else value
@@ -77,7 +78,7 @@ def _purpose(file: Path) -> str:
 
 
 def _head(name: str, chosen: str | None, width: int) -> None:
-    options = sorted(file.stem for file in (conf_folder() / name).glob("*.yaml"))
+    options = sorted(file.stem for file in (conf_folder() / name.partition("@")[0]).glob("*.yaml"))
     say(f"\n{name}={chosen}" if chosen else f"\n{name}")
     if len(options) > 1:
         text = f"{name}={'|'.join(options)}".replace("|", " | ")
@@ -171,7 +172,7 @@ def _part(place: str, settings: Mapping[str, Any], width: int) -> None:
 
 
 def _wrap(text: str, width: int) -> None:
-    say(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  "))
+    say(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
 
 
 def describe(part: Any) -> dict[str, str]:
@@ -268,7 +269,7 @@ def _line(name: str, value: Any, words: str, width: int) -> None:
     if not words:
         say(given)
         return
-    text = textwrap.wrap(words, width - BESIDE)
+    text = textwrap.wrap(words, width - BESIDE, break_on_hyphens=False)
     beside = len(given) < BESIDE - 1
     say(given.ljust(BESIDE) + text[0] if beside else given)
     for line in text[1:] if beside else text:

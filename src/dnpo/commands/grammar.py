@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dnpo.errors import SettingsError
-from dnpo.escape import say
+from dnpo.escape import say, tell
 from dnpo.settings import offer
 
 HYDRA = {  # Hydra's options, which have dashes
@@ -59,7 +59,9 @@ class Parser(argparse.ArgumentParser):
         for option in sorted(self._option_string_actions, key=len, reverse=True):
             if option.startswith("--") and option not in HELP:
                 message = message.replace(option, _name(option))
-        super().error(message)
+        self.print_usage(sys.stderr)
+        tell(f"{self.prog}: error: {message}", error=True)
+        self.exit(2)
 
 
 class _Help(argparse.HelpFormatter):

@@ -1,24 +1,27 @@
 """List the methods, or explain one of them, from the comments of their files in ``conf/method/``."""
 
+import itertools
 import re
 import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dnpo.commands.grammar import take_folder
 from dnpo.errors import SettingsError
-from dnpo.escape import say
+from dnpo.escape import fold, say
 from dnpo.settings import conf_folder, nearest
 
 USAGE = "usage: dnpo methods [NAME] [--config-dir=FOLDER]"
-HELP_TEXT = """
-Without a name: all methods, with their sources. With one: its options, deviations, commands. With --config-dir: also
-the methods in FOLDER/method, a folder of settings of your own.
-"""
+HELP_TEXT = (
+    "Without a name: all methods, with their sources. With one: its options, deviations, commands. With --config-dir: "
+    "also the methods in FOLDER/method, a folder of settings of your own."
+)
+BEGINS = re.compile(r" (?=(?:Deviations?|Expected)\b[^.:]*:)")  # where a further paragraph begins
+ITEM = re.compile(r"(?<=[.:]) (?=\d\. )")
 SOURCE = re.compile(r"\(([^()]*(?:19|20)\d\d[^()]*|[^()]*(?:paper|proposal)[^()]*)\)")
 
 
@@ -70,18 +73,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = {file.stem: file for folder in folders for file in (folder / "method").glob("*.yaml")}
     files = dict(sorted(found.items()))
     if {"-h", "--help"} & set(given) or len(given) > 1:
-        say(f"{USAGE}\n{HELP_TEXT.rstrip()}")
+        say(f"{USAGE}\n\n{textwrap.fill(HELP_TEXT, _width())}")
         sys.exit(0 if len(given) == 1 else 2)
     if not given:
         _list(files, f"--config-dir={shlex.quote(str(own))} " if own else "")
     elif given[0] in files:
-        for line in Header.read(files[given[0]]).lines:
-            say(line if line.startswith(" ") else textwrap.fill(line, _width(), break_on_hyphens=False))
+        for line in _explain(Header.read(files[given[0]]).lines):
+            say(line)
         say("\nIts settings:\n")
         say("\n".join(_words(files[given[0]])))
     else:
         say(f"error: {given[0]}: there is no such method.{nearest(given[0], list(files))}", error=True)
         sys.exit(1)
+
+
+def _explain(lines: Sequence[str]) -> Iterator[str]:
+    """Yield the lines of a comment as wide as the terminal; each numbered deviation begins on a line of its own."""
+    for begins, group in itertools.groupby(lines, key=lambda line: not line.strip() or line.startswith("  python")):
+        if begins:
+            yield from group
+            continue
+        for paragraph in BEGINS.split(" ".join(line.strip() for line in group)):
+            for line in ITEM.sub("\n  ", paragraph).split("\n"):
+                yield fold(line, _width() + 1, hang=5 if line.startswith("  ") else 0)
 
 
 def _list(files: dict[str, Path], option: str) -> None:
@@ -91,7 +105,7 @@ def _list(files: dict[str, Path], option: str) -> None:
     for name, file in files.items():
         header = Header.read(file)
         text = header.summary + (f" [{header.source}]" if header.source else "")
-        lines = textwrap.wrap(text, width - wide - 2) or [""]
+        lines = textwrap.wrap(text, width - wide - 2, break_on_hyphens=False) or [""]
         say(f"{name:{wide}}  {lines[0]}")
         for line in lines[1:]:
             say(f"{'':{wide}}  {line}")

@@ -16,7 +16,7 @@ def explain_unreadable(error: Exception) -> str | None:
     advice = quote(argument)
     if advice is None:
         return f"{argument}: cannot be read; expected setting=value ({str(error).strip().splitlines()[0]})"
-    several = "; a list is written as [A,B], and a sweep needs -m" if unclear else ""
+    several = "; a list is written as [A,B]; several runs are a sweep: dnpo sweep" if unclear else ""
     return f"{argument}: the value has a character that means something to Hydra; quote it: {advice}{several}"
 
 

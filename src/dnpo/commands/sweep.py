@@ -18,10 +18,11 @@ from dnpo.settings import conf_folder, offer
 
 USAGE = """usage: dnpo sweep NAME [SETTING=VALUE] …
        dnpo sweep SETTING=VALUE,VALUE … [SETTING=VALUE] …
-
-Every setting of dnpo train --help can have several values, with commas: a sweep runs all combinations, and shares
-what they have in common. These sweeps have names:
 """
+HELP_TEXT = (
+    "Every setting of dnpo train --help can have several values, with commas: a sweep runs all combinations, and "
+    "shares what they have in common. These sweeps have names:"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,6 +49,8 @@ def _list(sweeps: dict[str, Path]) -> None:
     width = max(60, min(120, shutil.get_terminal_size().columns - 1))
     wide = max(map(len, sweeps)) + 4
     say(USAGE)
+    say(textwrap.fill(HELP_TEXT, width))
+    say()
     for name, file in sweeps.items():
         say(textwrap.fill(_question(file), width, initial_indent=f"  {name}".ljust(wide), subsequent_indent=" " * wide))
 

@@ -66,8 +66,10 @@ class TinyWorld:
 
     Args:
         train: number of training rows, spread evenly over the families.
-        validation, test: numbers of held-out prompts, spread evenly over the families; together at most a quarter of
-            any family's distinct prompts. No held-out prompt occurs in training.
+        validation: number of held-out prompts for choosing settings, spread evenly over the families. No held-out
+            prompt occurs in training.
+        test: number of held-out prompts for reporting, spread likewise. Validation and test together have at most a
+            quarter of any family's distinct prompts.
         flaws: probability that a human response is wrong, incomplete or sloppy (a third each).
         myths: probability that a human gives the myth, if there is one; in addition to ``flaws``.
         difficulty: 1 (small numbers, short lists) to 5.
@@ -77,7 +79,8 @@ class TinyWorld:
             is chosen (``human``), the other ``rejected``; with equal points there is no pair. A hash of the
             conversation decides which rows have pairs, so equal conversations go together.
         seed: seed of the training data.
-        max_prompt_tokens, max_response_tokens: limits; the rows here are far shorter with any usual tokenizer.
+        max_prompt_tokens: maximum length of a prompt; the rows here are far shorter with any usual tokenizer.
+        max_response_tokens: maximum length of a response; the rows here are far shorter with any usual tokenizer.
     """
 
     long_responses: ClassVar[LongResponses] = "cut"

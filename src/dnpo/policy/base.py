@@ -25,7 +25,10 @@ class Scratch:
     """A small untrained model of Llama's architecture, with a byte-pair tokenizer trained on the data.
 
     Args:
-        width, layers, heads, mlp: hidden size, number of blocks, attention heads, inner size of the MLP.
+        width: hidden size.
+        layers: number of blocks.
+        heads: attention heads of a block.
+        mlp: inner size of a block's MLP.
         vocabulary: maximum number of tokens, including special ones; every digit is a separate token.
         context: maximum number of positions.
         seed: seed of the initial weights.

@@ -16,6 +16,7 @@ from dnpo.stats.prompts import by_prompt, change, loss_by_prompt
 from dnpo.stats.prompts import mean as estimate
 from dnpo.stats.table import Cell, Table, table
 from dnpo.tracking.reading import TrackedRun, iteration_name
+from dnpo.wording import sentence
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _difference(
         comparison = compare_paired(a, b, kind=kind, interval="t", missing="drop")
         return Cell(comparison.difference, comparison.p, signed=True), [
             *notes,
-            *(f"{note}." for note in comparison.notes),
+            *map(sentence, comparison.notes),
         ]
     pairs = [
         (ours[seed].value(iteration, measure.metric.name), theirs[seed].value(iteration, measure.metric.name))

@@ -66,7 +66,8 @@ class OpenAI(Prompted):
         extra_body: further fields of the body of every request.
         headers: further headers, each with the environment variable that holds its value.
         concurrency: maximum number of questions in flight.
-        requests_per_minute, tokens_per_minute: limits for all runs that share the ledger together; null for none.
+        requests_per_minute: limit for all runs that share the ledger together; null for none.
+        tokens_per_minute: the same for the tokens of questions and replies.
         timeout: seconds of one attempt.
         deadline: seconds from the first attempt at a question to the last.
         max_replies: maximum number of unreadable replies to a question before it fails.

@@ -27,6 +27,7 @@ SMALL = 2**16  # bytes of the small files of a stage
 ID, TEXT = 2.0, 4.0  # bytes of a token's id and of its text in a table
 MIXED = 2.55  # bytes of a kept activation under autocast, measured: norms and sums are in float32
 USUAL = 2  # numbers per parameter that an optimizer keeps, as Adam does
+STATES = "weights, gradients and optimizer states"
 TIGHT = 0.9  # share of free memory above which an estimate gets a warning
 
 
@@ -248,7 +249,9 @@ def generating_bytes(of: ModelShape, sampling: Sampling, rows: Counts, number: i
     return weights, 2.0 * tokens * of.layers * of.heads * of.value + sampling.batch_size * of.vocabulary * 4
 
 
-def memory(name: str, fixed: float, moving: float, device: str, setting: str, free: float | None = None) -> Finding:
+def memory(
+    name: str, fixed: float, moving: float, device: str, setting: str, of: str = STATES, free: float | None = None
+) -> Finding:
     """Check that the device has enough memory.
 
     Args:
@@ -257,12 +260,13 @@ def memory(name: str, fixed: float, moving: float, device: str, setting: str, fr
         moving: bytes of one batch of the longest rows.
         device: ``cpu`` or ``cuda…``.
         setting: what to change.
+        of: what the fixed bytes hold.
         free: free bytes; None asks the system.
     """
     free = free_memory(device) if free is None else free
     text = (
-        f"{name} takes about {format_bytes(fixed + moving)} (an estimate: {format_bytes(fixed)} of weights, gradients "
-        f"and optimizer states, {format_bytes(moving)} of the longest batch); {format_bytes(free)} free on "
+        f"{name} takes about {format_bytes(fixed + moving)} (an estimate: {format_bytes(fixed)} of {of}, "
+        f"{format_bytes(moving)} of the longest batch); {format_bytes(free)} free on "
         f"{device}"
     )
     if fixed > free:

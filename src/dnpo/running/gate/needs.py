@@ -83,7 +83,7 @@ def findings(
             result.append(machine.memory(what, *max(needed, key=sum), device, setting))
     if run.generate.engine is None and any(stage.name in ("generate", "evaluate") for stage in todo):
         need = machine.generating_bytes(of, run.generate, counts, max((t.number for t in trainings), default=0))
-        result.append(machine.memory("generating", *need, device, "generate.batch_size"))
+        result.append(machine.memory("generating", *need, device, "generate.batch_size", of="weights"))
     return result
 
 

@@ -52,7 +52,8 @@ def duplicates(train: Sequence[Prompt], by_design: bool, removed: Mapping[str, i
         removed: how many rows the source has left out already, by reason.
     """
     exact = len(train) - len({_hash(row, row.human) for row in train})
-    what = f"{exact:,} of {len(train):,} training rows repeat another word for word ({exact / max(len(train), 1):.1%})"
+    share = f"({exact / max(len(train), 1):.1%})"
+    what = f"{exact:,} of {len(train):,} training rows repeat{'s' * (exact == 1)} another word for word {share}"
     if not exact:
         gone = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in removed.items() if count)
         text = f"no two of {len(train):,} training rows are the same" + (f"; left out before: {gone}" if gone else "")
