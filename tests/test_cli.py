@@ -210,6 +210,16 @@ def test_a_job_does_not_look_for_garbage_during_imports(tmp_path: Path) -> None:
         gc.set_threshold(*before)
 
 
+@pytest.mark.parametrize("module", ["dnpo", "dnpo.train"])
+def test_no_last_collection_delays_the_end(module: str, tmp_path: Path) -> None:
+    """Objects are frozen before the interpreter collects; a handler registered earlier runs later, and counts them."""
+    count = "import atexit, gc, runpy, sys; atexit.register(lambda: print('frozen', gc.get_freeze_count()))"
+    code = f"{count}; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", code, *(["train"] if module == "dnpo" else []), "scale=smoke", "plan=true"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert int(done.stdout.split("frozen")[1]) > 10_000
+
+
 @pytest.mark.parametrize("verb", [name for name, each in VERBS.items() if each.module.startswith("analysis")])
 def test_figures_and_claims_say_what_they_do_before_their_imports(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -151,6 +151,18 @@ def test_without_results_by_prompt_there_is_no_interval() -> None:
     ]
 
 
+@pytest.mark.parametrize(("name", "change", "told"), [("score", -5, True), ("score", 5, False), ("loss", 5, False)])
+def test_a_run_that_gets_worse_by_its_judge_points_to_what_to_look_at(name: str, change: int, told: bool) -> None:
+    """Not if the held-out loss alone rises: it does so in most runs that help."""
+    metric = f"eval/{name}"
+    rows = [{"iteration": "SFT", metric: 50.0}, {"iteration": 0, metric: 50.0 + change}]
+    first = {str(n): 50 + 0.01 * n for n in range(9)}
+    last = {key: value + change + value / 500 for key, value in first.items()}
+    said = "\n".join(sentences(rows, {metric: [first, last]}, metric))
+    assert ("worse (" in said) is (change < 0 or name == "loss")
+    assert ("docs/reading-a-run.md" in said) is told
+
+
 def test_each_measure_has_one_sentence() -> None:
     """The held-out loss has an interval if its results by prompt are there, and is told without one otherwise."""
     rows = [{"iteration": "SFT", "eval/loss": 1.0}, {"iteration": 0, "eval/loss": 2.0}]

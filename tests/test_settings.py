@@ -301,6 +301,12 @@ def test_torch_optimizer_inside_a_part() -> None:
     assert message(lambda: trainer()).startswith("trainer.optimizer: needs a value")
 
 
+def test_a_wrong_key_is_named() -> None:
+    given = {"_target_": "dnpo.data.files.JsonLines", "path": "rows.jsonl", "columns": {"prompt": "a", "nr": None}}
+    limits = {"max_prompt_tokens": 9, "max_response_tokens": 9}
+    assert message(lambda: check("data", given | limits)).endswith("'answer' or 'family', not 'nr'")
+
+
 def test_settings_of_the_engine() -> None:
     """Settings of memory and time are checked like all others."""
     trainer = {

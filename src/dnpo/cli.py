@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
-from dnpo import __version__, interrupts
+from dnpo import __version__, garbage, interrupts
 from dnpo.commands.verbs import VERBS
 from dnpo.escape import announce, say
 
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = next((name for name in (" ".join(given[:2]), given[0]) if name in VERBS), "")
     if not name:
         _refuse(given)
+    garbage.leave_at_exit()
     verb = VERBS[name]
     rest = given[len(name.split()) :]
     try:

@@ -372,6 +372,8 @@ def _check_value(name: str, value: Any, hint: Any) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         problem = "expected true or false" if first["type"].startswith("bool_") else first["msg"]
+        if first["loc"][-1:] == ("[key]",):
+            problem = f"{problem}, not {first['input']!r}"
         quoted = first["type"] == "string_type" and isinstance(value, bool | int | float)
         advice = f"""; to give it as text, quote it: '{name}="…"'""" if quoted else ""
         raise SettingsError(f"{name}={value!r}: {problem[0].lower()}{problem[1:]}{advice}") from None

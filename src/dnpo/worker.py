@@ -39,12 +39,13 @@ def main() -> None:
 def _work(job: Job, lines: "Lines") -> None:
     from omegaconf import OmegaConf
 
-    from dnpo.commands.common import collect_garbage_less_often, prepare_torch
+    from dnpo import garbage
+    from dnpo.commands.common import prepare_torch
     from dnpo.commands.train import build
     from dnpo.loop import chain
     from dnpo.store import Stage, compute_here
 
-    collect_garbage_less_often()
+    garbage.collect_less_often()
     prepare_torch(job["settings"]["threads"])
     ranks.join(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
     run, _, _ = build(OmegaConf.create(job["settings"]), job["name"])

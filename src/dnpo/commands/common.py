@@ -3,7 +3,6 @@
 Heavy modules are imported inside functions, so that wrong settings are reported at once.
 """
 
-import gc
 import os
 import re
 import sys
@@ -22,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dnpo import __version__, disk, interrupts
+from dnpo import __version__, disk, garbage, interrupts
 from dnpo.commands.grammar import HELP, VERSION, program, refuse_dashes
 from dnpo.commands.naming import run_name
 from dnpo.commands.quoting import explain_unreadable
@@ -36,11 +35,6 @@ if TYPE_CHECKING:
     from dnpo.tracking.writing import Status, Tracking
 
 KEPT = "Finished stages are kept and an unfinished one continues: run the same command again."
-
-
-def collect_garbage_less_often() -> None:
-    """Let Python collect garbage less often: during imports, collecting takes a quarter of the time and finds none."""
-    gc.set_threshold(10_000)
 
 
 def run(
@@ -69,7 +63,7 @@ def run(
         from dnpo.running.sweep import record_failure
 
         job = HydraConfig.get()
-        collect_garbage_less_often()
+        garbage.collect_less_often()
         try:
             with interrupts.raised():  # here too, since launchers call task() in separate processes
                 return body(cfg, job)
@@ -90,7 +84,8 @@ def run(
 
     given = sys.argv[1:] if arguments is None else list(arguments)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # makes Hydra raise errors instead of printing them
-    collect_garbage_less_often()  # here too: composing creates many objects before the first line is printed
+    garbage.collect_less_often()  # here too: composing creates many objects before the first line is printed
+    garbage.leave_at_exit()
     try:
         folder = conf_folder()
         if not (folder / f"{config}.yaml").is_file():

@@ -84,7 +84,7 @@ def sentences(
         by: the metric whose best row is marked; None if no row is.
     """
     said = []
-    over, measured = "", set()
+    over, measured, fell = "", set(), False
     for name, by_policy in results.items():
         column, first, last = metric(name), rows[0].get(name), rows[-1].get(name)
         found = change(dict(by_policy[-1]), dict(by_policy[0])) if len(rows) > 1 else None
@@ -102,6 +102,7 @@ def sentences(
         ends = f"{column.format(first)} → {column.format(last)}"
         up, down = ("worse", "better") if column.better == "lower" else ("better", "worse")
         verdict = up if found.difference.low > 0 else down if found.difference.high < 0 else "no clear change"
+        fell |= verdict == "worse" and name != LOSS
         gained = column.format(last - first, signed=True)
         said.append(f"{column.title}: {ends} {column.unit}, {verdict} ({gained}; 95 % interval {low} to {high}).")
         over = f"over {found.items} held-out prompts"
@@ -112,6 +113,8 @@ def sentences(
     if over:
         ends = f"from {rows[0]['iteration']} to {rows[-1]['iteration']}"
         said.append(f"Changes are {ends}; ± and intervals are {over}. Another seed may give other numbers.")
+    if fell:
+        said.append("What to look at in a bad run: `When a run is bad` in docs/reading-a-run.md.")
     if by is not None:
         said.append(f"{BEST} marks the best {metric(by).label}. All columns: table.md among the results, or wide=true.")
     return said

@@ -442,7 +442,7 @@ def show(
     if any("eval/score" in row for row in rows):
         console.tell(
             f"score: judge's mean on sampled held-out answers (0-100); {LEARNS_FROM[summary['labelled_by']]}. "
-            "Accuracies: greedy answers."
+            "win, lose: these answers against the human ones. Accuracies: greedy answers."
         )
     if any("second/score" in row for row in rows):
         console.tell("2nd: the second judge's mean on the same answers; this judge labels nothing.")
