@@ -399,6 +399,9 @@ def test_search_filters_keys_and_links_in_a_browser(few: Path, chromium: Any) ->
         page.keyboard.press("v")
         page.wait_for_selector("#rows.pairs > li")
         assert "flipped" in page.inner_text("#rows")
+        scores = [each.inner_text() for each in page.query_selector_all("#rows .score, #rows .difference")]
+        assert scores
+        assert all(re.fullmatch(r"[+−]?\d+\.\d|–", score) for score in scores), "the same decimals everywhere"
         page.keyboard.press("?")
         assert page.is_visible("#keys")
         page.keyboard.press("Escape")

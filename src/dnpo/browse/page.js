@@ -70,23 +70,25 @@ function text(content, classes = "text") {
 }
 
 const rounded = (value, digits = 1) => String(Number(value.toFixed(digits))).replace("-", "−");
-const score = (value) => (value === null ? "–" : rounded(value));
+// Measured numbers: the same decimals in all rows, so that those one below another can be compared at a glance.
+const measured = (value) => (Number(value.toFixed(1)) || 0).toFixed(1).replace("-", "−");
+const score = (value) => (value === null ? "–" : measured(value));
 
 function difference(value, name) {
   if (value === null) return make("span", "difference", "–");
   const sign = value > 0 ? "+" : "";
-  const element = make("span", `difference ${value > 0 ? "up" : value < 0 ? "down" : ""}`, sign + rounded(value));
+  const element = make("span", `difference ${value > 0 ? "up" : value < 0 ? "down" : ""}`, sign + measured(value));
   element.title = name;
   return element;
 }
 
 function facts(answer) {
   const parts = [];
-  if (answer.score !== null) parts.push(make("b", "score", rounded(answer.score)));
+  if (answer.score !== null) parts.push(make("b", "score", measured(answer.score)));
   if (answer.right === 1) parts.push(make("span", "right", "✓ right"));
   else if (answer.right === 0) parts.push(make("span", "wrong", "✗ wrong"));
   else if (typeof answer.right === "number") parts.push(make("span", "", `${rounded(100 * answer.right, 0)} % right`));
-  if (answer.logprob !== null && answer.logprob !== undefined) parts.push(make("span", "", `log p ${rounded(answer.logprob)}`));
+  if (answer.logprob !== null && answer.logprob !== undefined) parts.push(make("span", "", `log p ${measured(answer.logprob)}`));
   if (answer.tokens) parts.push(make("span", "", `${answer.tokens} tokens`));
   if (answer.cut) parts.push(make("span", "wrong", "cut"));
   if (answer.second !== null && answer.second !== undefined) parts.push(make("span", "", `second judge ${score(answer.second)}`));
