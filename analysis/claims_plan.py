@@ -104,7 +104,7 @@ def _go(options: argparse.Namespace) -> int:
     results = assess(book, Tracked.of(book, database, pair_tags(options.tag), seeds), exploratory=True)
     plans, reasons = make(book, results, options.effect)
     if not plans:
-        raise DnpoError(f"no claim has a pilot. {' '.join(reasons)}")
+        raise DnpoError("\n".join(["no claim has a pilot.", *reasons]))
     about = describe(book, plans, results)
     registration = Registration.of(book.path)
     registered = "" if registration.problem else registration.commit

@@ -188,7 +188,7 @@ def test_the_command_plans_from_a_pilot(migrated: Path, tmp_path: Path, capsys: 
     assert claims_plan.main([*command, "--effect", "0"]) == 1
     assert "effect=0: expected a number above 0" in capsys.readouterr().err
     assert claims_plan.main([*command, "--seeds", "7"]) == 1
-    assert "no claim has a pilot. 1, 3: without a pilot: a pilot needs two seeds or more" in capsys.readouterr().err
+    assert "no claim has a pilot.\n1, 3: without a pilot: a pilot needs two seeds or more" in capsys.readouterr().err
     track(tmp_path, "old", 0)
     track(tmp_path, "new", 0)
     assert claims_plan.main(command) == 0
