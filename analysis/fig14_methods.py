@@ -83,9 +83,10 @@ def make(runs: Runs) -> DrawnFigure:
         "certainly off the front"
     )
     notes = (
-        "hollow: certainly off the front: another method is better in one of the panel's two quantities and not worse "
-        f"in the other. Differences of up to {100 * POINTS:g} point, or {100 * SHARE:g} % of a cost or KL, count as "
-        "equal (one-sided paired t tests with Bonferroni's correction over the other methods); filled: all others",
+        "hollow, in the rows of score and accuracy: certainly off the front: another method is better in one of the "
+        f"panel's two quantities and not worse in the other. Differences of up to {100 * POINTS:g} point, or "
+        f"{100 * SHARE:g} % of a cost or KL, count as equal (one-sided paired t tests with Bonferroni's correction "
+        "over the other methods); filled: all others",
         "grey line: the front of the means, without regard to intervals; its methods are above the panel, from left to "
         "right",
         "costs are totals over the iterations of a run, without fine-tuning, which all share, and without measuring"
