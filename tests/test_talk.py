@@ -121,6 +121,10 @@ def test_wrong_arguments_are_named(smoke: Path, given: tuple[str, ...], message:
     assert "Traceback" not in done.stderr
 
 
+def test_a_wrong_second_policy_is_named_by_its_setting(smoke: Path, chat: Callable[..., Done]) -> None:
+    assert "against=9: this run has no such iteration; expected one of sft, 0, 1" in chat(smoke, [], "against=9").stderr
+
+
 @pytest.mark.parametrize(("command", "further"), [("sample", "prompt=a"), ("chat", "against=sft")])
 def test_a_folder_without_a_run_is_named_before_torch_is_imported(tmp_path: Path, command: str, further: str) -> None:
     code = f"""

@@ -82,7 +82,10 @@ def _talk(given: argparse.Namespace) -> None:
             [*turn, {"role": "assistant", "content": response.text}]
             for turn, response in zip(turns, responses, strict=True)
         ]
-        notes = [f"{r.tokens} tokens, log p {r.logprob:.1f}" + ", cut" * (r.finish == "length") for r in responses]
+        notes = [
+            f"{r.tokens} tokens, log p {r.logprob:.1f}".replace("-", "−") + ", cut" * (r.finish == "length")
+            for r in responses
+        ]
         if not isinstance(judge, str):
             scores = opinions(judge, turns, responses, Path(given.ledger))
             notes = [f"{note}, judge {score}" for note, score in zip(notes, scores, strict=True)]

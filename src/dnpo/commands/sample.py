@@ -80,7 +80,10 @@ def open_policies(given: argparse.Namespace, iterations: Sequence[str | None]) -
 
     if given.max_tokens < 0:
         raise SettingsError(f"max_tokens={given.max_tokens}: expected at least 1, or 0 for the run's limit")
-    first, *_ = [find_policy(read_summary(given.run), iteration, given.store) for iteration in iterations]
+    first, *_ = [
+        find_policy(read_summary(given.run), iteration, given.store, setting)
+        for setting, iteration in zip(("iteration", "against"), iterations, strict=False)
+    ]
     from dnpo.policy.model import device_of  # heavy, so a wrong run or iteration is reported before
 
     silence_libraries()

@@ -221,12 +221,15 @@ def read_summary(run: Path) -> dict[str, Any]:
     return summary | {"cwd": find_cwd(summary, run)}
 
 
-def find_policy(summary: Mapping[str, Any], iteration: str | None, store: Path | None) -> SavedPolicy:
+def find_policy(
+    summary: Mapping[str, Any], iteration: str | None, store: Path | None, setting: str = "iteration"
+) -> SavedPolicy:
     """Find one policy of a run.
 
     Args:
         iteration: ``sft`` or a number; None for the policy that the run keeps.
         store: the store's folder, if it has moved.
+        setting: the name of the setting that chose the iteration.
 
     Raises:
         SettingsError: there is no such iteration, or its files are missing.
@@ -236,7 +239,7 @@ def find_policy(summary: Mapping[str, Any], iteration: str | None, store: Path |
     wanted = iteration if iteration is not None else list(policies)[kept(summary)]
     if wanted not in policies:
         raise SettingsError(
-            f"iteration={wanted}: this run has no such iteration; expected one of {', '.join(policies)}"
+            f"{setting}={wanted}: this run has no such iteration; expected one of {', '.join(policies)}"
         )
     policy = policies[wanted]
     if not (policy.store / policy.stage / MANIFEST).is_file() or not (policy.prompts / MANIFEST).is_file():
