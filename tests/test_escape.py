@@ -57,11 +57,11 @@ def test_lines_of_an_error_end_between_words_on_a_terminal(monkeypatch: pytest.M
     assert all(line.startswith("       ") for line in lines[1:])
 
 
-def test_sentences_on_a_terminal_keep_numbers_with_their_percent_signs(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "store  " + "an interval of 95 % and " * 6
+def test_sentences_on_a_terminal_keep_numbers_with_what_they_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "store  " + "an interval of 95 % and 8.3 s in all, " * 6
     for width in range(30, 60):
         lines = escape.fold(text, width, hang=7).splitlines()
-        assert all(len(line) < width and not line.lstrip().startswith("%") for line in lines)
+        assert all(len(line) < width and not line.lstrip().startswith(("%", "s ", "in ", "all")) for line in lines)
         assert all(line.startswith(" " * 7) for line in lines[1:])
         assert "\n".join(lines).split() == text.split()
     monkeypatch.setenv("COLUMNS", "40")

@@ -17,6 +17,7 @@ from rich.console import Console
 from dnpo.commands.evaluate import PARTS, check_settings, describe_outcome, other_model, table
 from dnpo.errors import SettingsError
 from dnpo.records import Item
+from dnpo.running import console as screen
 from dnpo.settings import conf_folder
 from dnpo.stages.duels import Duel, outcome, read_duels
 from dnpo.stats.wins import wins
@@ -67,6 +68,25 @@ def test_every_documented_command_composes(arguments: str) -> None:
 def test_wrong_settings_are_named(overrides: list[str], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         settings(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("scale=smoke", "scale: the settings of evaluate have no such place; leave scale=smoke out"),
+        ("dsl=off", "dsl: the settings of evaluate have no such place; leave dsl=off out"),
+        ("+scale=smoke", "+scale=smoke: sets trainer, which the settings of evaluate do not have"),
+    ],
+)
+def test_an_option_of_another_command_is_not_offered(tmp_path: Path, given: str, message: str) -> None:
+    done = evaluate(tmp_path, "model.path=x", given)
+    assert (done.returncode, done.stderr) == (1, f"error: {message}\n")
+
+
+def test_a_title_keeps_its_path_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/folder" * 20
+    screen.Console().table(table({"model": {"eval/loss": 2.0}}, f"Evaluation of {path}"), fold=True)
+    assert path in capsys.readouterr().out
 
 
 def test_the_other_model_is_parsed(tmp_path: Path) -> None:

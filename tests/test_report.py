@@ -425,7 +425,7 @@ def test_the_command_of_a_sweep_is_code_below_what_is_missing(lab: Lab) -> None:
 
 def test_a_note_is_shown_as_markdown_without_links_and_pictures() -> None:
     note = (
-        "### dnpo, seed 1\n\n**Done**: 50.0 to 53.2.\n\n| score | KS |\n| --- | ---: |\n| a\\|b | 0.25 |\n\n"
+        "### dnpo, seed 1\n\n**Done**: 50.0 to 53.2.\n\n| score | KS |\n| --- | ---: |\n| a\\|b &emsp; | 0.25 |\n\n"
         "- one\n\nTo draw it:\n\n"
         "    dnpo report x\n\n![comparison](get-artifact?path=x) \n\n[link](http://x) <b>raw</b> ![x](http://y)"
     )

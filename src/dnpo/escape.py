@@ -57,6 +57,8 @@ LATEX = {
 }
 ERROR = "error: "  # the beginning of a message; its further lines are indented as far
 UNBREAKABLE = "\u00a0"  # a space at which no line ends
+SPACE = "&emsp;"  # ends the cells of tables in notes, since MLflow's page has no space between columns
+WHOLE = re.compile(r"\d (?:%|s in all\b)")  # the end of a stage's line: 8.3 s in all
 LONGEST_KEY = 250  # maximum number of characters of a name in MLflow
 
 
@@ -99,7 +101,7 @@ def fold(text: str, width: int, hang: int = 0) -> str:
 
 def _fold_line(line: str, width: int, hang: int) -> str:
     indent = " " * (hang or (len(ERROR) if line.startswith(ERROR) else len(line) - len(line.lstrip(" "))))
-    line = re.sub(r"(?<=\d) (?=%)", UNBREAKABLE, line)
+    line = WHOLE.sub(lambda found: found[0].replace(" ", UNBREAKABLE), line)
     folded = textwrap.fill(line, width - 1, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return folded.replace(UNBREAKABLE, " ")
 

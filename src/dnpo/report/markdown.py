@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from dnpo.escape import for_terminal
+from dnpo.escape import SPACE, for_terminal
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
@@ -17,9 +17,8 @@ OWN_TITLE = re.compile(r"\A### .*\n")
 
 def render(text: str) -> Markup:
     """Render a note, without its pictures and its title, which the page shows elsewhere."""
-    lines = (
-        for_terminal(line) for line in OWN_TITLE.sub("", text.strip()).splitlines() if not PICTURE.match(line.strip())
-    )
+    text = OWN_TITLE.sub("", text.strip()).replace(f" {SPACE} |", " |")  # it would be a word of each cell
+    lines = (for_terminal(line) for line in text.splitlines() if not PICTURE.match(line.strip()))
     parser = _parser()
     tokens = parser.parse("\n".join(lines))
     for token in tokens:

@@ -137,8 +137,15 @@ class Console:
         """
         parts = _split(table, self.rich.width) if split and self.rich.is_terminal else [table]
         for part in parts:
+            if part.title is not None:  # by Rich, it would be as narrow as the table, with paths broken
+                self._print_title(str(part.title))
+                part.title = None
             width = self.rich.width if fold and self.rich.is_terminal else max(self.rich.width, _measure(part))
             RichConsole(width=width, highlight=False).print(part)
+
+    def _print_title(self, title: str) -> None:
+        text = fold(title, self.rich.width) if self.rich.is_terminal else title
+        self.rich.print(Text(text, style="table.title"), soft_wrap=True)
 
     def table_cut(self, table: ScreenTable) -> None:
         """Print a table; on a terminal, lines are cut at its width, and … marks where."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dnpo.catalogue import Metric, metric
 from dnpo.data.mix import describe_sources
-from dnpo.escape import for_markdown, for_terminal
+from dnpo.escape import SPACE, for_markdown, for_terminal
 from dnpo.judges.agreement import sentence
 from dnpo.running import best
 from dnpo.stats.overoptimised import LEARNS_FROM, describe_overoptimisation
@@ -289,7 +289,7 @@ def space_columns(tables: str) -> str:
     """Add space between the columns of tables, which MLflow's page omits."""
     rows = (line.startswith("|") and not line.startswith("| ---") for line in tables.splitlines())
     lines = zip(tables.splitlines(), rows, strict=True)
-    return "\n".join(line.replace(" | ", " &emsp; | ") if row else line for line, row in lines)
+    return "\n".join(line.replace(" | ", f" {SPACE} | ") if row else line for line, row in lines)
 
 
 def _comparison_lines(comparison: "MeasureComparison") -> list[str]:
