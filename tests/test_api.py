@@ -37,6 +37,8 @@ def test_settings_are_composed_and_checked_as_by_the_command() -> None:
     [
         ("seeed=1", "seeed: unknown setting. Did you mean seed"),
         ("metod=spin", "metod: unknown setting. Did you mean method"),
+        ("nope=1", "nope: unknown setting. With --help, the command lists all settings."),
+        ("sweep=main", "sweep: none of its options is chosen by default; give +sweep=…"),
         ("seed=-1", "seed=-1"),
         ("method=spinn", "Did you mean spin"),
         ("npo.alfa=1", "npo.alfa: unknown setting. Did you mean npo.alpha"),

@@ -106,6 +106,12 @@ def shown_settings(text: str) -> dict[str, str]:
     return found
 
 
+def test_help_shows_a_list_of_words_as_a_setting(tmp_path: Path, narrow: None) -> None:
+    done = dnpo(tmp_path, "leaderboard", "--help")
+    assert shown_settings(done.stdout)["benchmarks"].startswith("[arc,truthfulqa,")
+    assert "for each iteration" not in done.stdout
+
+
 @pytest.mark.parametrize(
     "choices",
     [

@@ -134,6 +134,7 @@ def test_choosing_a_part_overrides_the_scale() -> None:
         (["+npo.alhpa=1"], r"npo\.alhpa: unknown setting\. Did you mean npo\.alpha"),
         (["generate.temperature=-1"], r"^generate\.temperature=-1: "),
         (["rollout.temperature=-1"], r"^rollout\.temperature=-1: "),
+        (["plan=true", "check=true"], r"^plan=true, check=true: give one of them"),
         (["npo.alpha=-1"], r"npo\.alpha=-1: .*greater than or equal to 0"),
         (["npo.alpha=much"], r"npo\.alpha='much': .*number"),
         (["iterations=0"], r"iterations=0: .*greater than or equal to 1"),

@@ -438,6 +438,7 @@ def test_a_job_of_a_search_has_a_short_name(tmp_path: Path) -> None:
         ("model.rank", ["model.lora.rank", "model.heads"], "model.lora.rank?"),
         ("data.temperature", ["generate.temperature", "data.train"], "generate.temperature?"),
         ("trainer.clp", ["trainer.clip", "sft.clip"], "trainer.clip?"),
+        ("alhpa", ["generate.temperature", "npo.alpha"], "npo.alpha?"),
     ],
 )
 def test_a_setting_of_another_part_is_pointed_to(given: str, known: list[str], offered: str) -> None:

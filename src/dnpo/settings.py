@@ -22,6 +22,8 @@ from typing import Annotated, Any, ClassVar, Literal, cast, get_type_hints
 
 from dnpo.errors import DnpoError, SettingsError
 
+NEAR = "Did you mean"  # begins the sentence that offers the nearest words
+
 
 @dataclass(frozen=True)
 class Range:
@@ -444,8 +446,11 @@ def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
     same = [key for key in known if "." in key and key.split(".")[-1] == last]
     related = [key for key in same if part and key.split(".")[0] == part.split(".")[0]]
     close = related or same[:3] or difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    if not close and known:  # a name without its part: alhpa for npo.alpha
+        ends = difflib.get_close_matches(last, {key.split(".")[-1] for key in known}, n=3, cutoff=0.75)
+        close = [key for end in ends for key in known if key.split(".")[-1] == end][:3]
     if close:
-        return f" Did you mean {' or '.join(_join_names(prefix, key) for key in close)}?"
+        return f" {NEAR} {' or '.join(_join_names(prefix, key) for key in close)}?"
     return f" Known: {', '.join(sorted(names)) or 'none'}."
 
 
@@ -453,7 +458,7 @@ def offer(word: str, known: Iterable[str], title: str = "Known") -> str:
     """Write a sentence that offers the known words nearest to ``word``, if any are near, and one that lists all."""
     known = list(known)
     close = nearest(word, known)
-    return f"{close if 'Did you mean' in close else ''} {title}: {', '.join(known) or 'none'}."
+    return f"{close if NEAR in close else ''} {title}: {', '.join(known) or 'none'}."
 
 
 def _join_names(prefix: str, key: str) -> str:

@@ -28,7 +28,7 @@ from dnpo.commands.quoting import explain_unreadable
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import say, tell
 from dnpo.former import up_to_date
-from dnpo.settings import check_values, conf_folder, flat, nearest, offer
+from dnpo.settings import NEAR, check_values, conf_folder, flat, nearest, offer
 
 if TYPE_CHECKING:
     from dnpo.store import Compute, Store
@@ -175,7 +175,7 @@ def explain(error: Exception, config: str, arguments: Sequence[str]) -> str:
         return _explain_list(unmerged.group(1), unmerged.group(2), arguments)
     absent = re.search(r"Could not override '([^']+)'\. No match in the defaults list", text)
     if absent:
-        return f"{absent.group(1)}: none of its options is chosen by default; give +{absent.group(1)}=…"
+        return _explain_absent(absent.group(1), config, arguments)
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if unknown:
         from hydra import compose, initialize_config_dir
@@ -197,7 +197,8 @@ def explain(error: Exception, config: str, arguments: Sequence[str]) -> str:
                 f"{key}: a setting of {', '.join(f'{part}={option}' for option in options)}; give that too, such as "
                 f"{part}={options[0]} {key}=…"
             )
-        return f"{key}: unknown setting.{nearest(key, set(known) | groups)}"
+        near = nearest(key, set(known) | groups)
+        return f"{key}: unknown setting.{near if NEAR in near else ' With --help, the command lists all settings.'}"
     plugin = re.search(r"Could not find '(hydra/(\w+))/(\w+)'", text)
     if plugin:
         group, kind, name = plugin.groups()
@@ -214,6 +215,26 @@ def explain(error: Exception, config: str, arguments: Sequence[str]) -> str:
         key = text.split("Missing mandatory value:")[-1].strip().split()[0]
         return f"{key}: needs a value; give {key}=…"
     return text
+
+
+def _explain_absent(group: str, config: str, arguments: Sequence[str]) -> str:
+    """Advise ``+group=…`` if the command can be composed with it; else say which argument needs a part it lacks."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    chosen = next((each for each in arguments if each.startswith(f"{group}=")), None)
+    if chosen is None:  # an option that chooses one of this place, such as +scale=smoke
+        asking = [each for each in arguments if each.startswith("+") and "." not in each.partition("=")[0]]
+        return f"{' '.join(asking)}: sets {group}, which the settings of {config} do not have"
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        try:
+            fits = set(compose(config, [f"+{chosen}"])) <= set(compose(config, []))
+        except HydraException:
+            fits = False
+    if not fits:
+        return f"{group}: the settings of {config} have no such place; leave {chosen} out"
+    return f"{group}: none of its options is chosen by default; give +{group}=…"
 
 
 def _explain_list(group: str, name: str, arguments: Sequence[str]) -> str:

@@ -51,7 +51,8 @@ def show(config: str, usage: str, arguments: Sequence[str]) -> None:
     say(textwrap.fill(_purpose(file), width, break_on_hyphens=False))
     advice = "Options before --help are explained in place of the default ones."
     say(textwrap.fill(advice, width))
-    parts = {name: value for name, value in tree.items() if isinstance(value, list) or _is_part(value)}
+    firsts = {name: value[0] if isinstance(value, list) and value else value for name, value in tree.items()}
+    parts = {name: tree[name] for name, first in firsts.items() if _is_part(first)}
     comments = _comments(file)
     say("\ngeneral")
     for name, value in _flat({name: value for name, value in tree.items() if name not in (*parts, TYPICAL)}):
@@ -61,9 +62,7 @@ def show(config: str, usage: str, arguments: Sequence[str]) -> None:
         _head(group, choices.get(group), width)
         if isinstance(value, list):
             say(f"  a list, one for each iteration; shown here is the first, {name}.0")
-        first = value[0] if isinstance(value, list) and value else value
-        if _is_part(first):
-            _part(name, first, width)
+        _part(name, firsts[name], width)
     if TYPICAL in tree:
         say(f"\n{TYPICAL}\n  Values set by scale=…, method=… and +sweep=…, which other options refer to.")
         for name, value in _flat({TYPICAL: tree[TYPICAL]}):

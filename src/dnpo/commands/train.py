@@ -100,6 +100,8 @@ def _check_tree(tree: dict[str, Any]) -> Checked:
 
     tree.pop(TYPICAL, None)
     top = check_values("", RunSettings, {key: value for key, value in tree.items() if key not in PARTS})
+    if top["plan"] and top["check"]:
+        raise SettingsError("plan=true, check=true: give one of them; a plan is made without the checks")
     iterations = top["iterations"]
     starts = {name: _start(name, tree[name], iterations) for name in STARTING}
     tree["npo"] = resolve_shift(tree["npo"], tree["tracking"])
