@@ -40,7 +40,7 @@ from analysis.claims_registered import Registration
 from analysis.claims_rules import CHECKED, OUTCOMES
 from analysis.claims_runs import describe_work, to_csv
 from analysis.keeping import log as keep
-from analysis.keeping import writing_to
+from analysis.keeping import make_folder, writing_to
 from dnpo.errors import SettingsError, TrackingError
 from dnpo.escape import say, tell
 from dnpo.tracking.reading import KIND, Database
@@ -122,8 +122,7 @@ def _go(options: argparse.Namespace) -> int:
     except TrackingError as error:
         if not earlier.results:
             raise TrackingError(f"{error}. To run the sweeps first: python -m analysis.claims run=true") from error
-    with writing_to(options.out):  # refused before the runs are read
-        pass
+    make_folder(options.out)  # refused before the runs are read
     tracked = Tracked.of(book, database, where, seeds, required)
     began = time.monotonic()
     results = assess(book, tracked, options.exploratory, earlier.results)
@@ -224,7 +223,8 @@ def run_missing(
         command = sweep_command(name, sweep, lacking, options)
         print(f"sweep {name}: {' '.join(command[1:])}", flush=True)
         began = time.monotonic()
-        with writing_to(options.out), (options.out / f"{name}.log").open("w") as stream:
+        make_folder(options.out)
+        with (options.out / f"{name}.log").open("w") as stream:
             status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
         took = f"{time.monotonic() - began:.0f} s"
         if status:

@@ -23,7 +23,7 @@ from analysis.claims_options import choose_seeds, execute, make_parser, pair_tag
 from analysis.claims_registered import Registration
 from analysis.claims_rules import POWER, strictest
 from analysis.claims_tables import ranges, remarks_by_text
-from analysis.keeping import writing_to
+from analysis.keeping import make_folder, writing_to
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import for_csv, for_markdown, say, tell
 from dnpo.stats.intervals import Components, Mean
@@ -99,8 +99,7 @@ def _go(options: argparse.Namespace) -> int:
         raise SettingsError(f"effect={options.effect:g}: expected a number above 0")
     seeds = choose_seeds(book, options)
     database = Database(options.uri, options.experiment)
-    with writing_to(options.out):  # refused before the runs are read
-        pass
+    make_folder(options.out)  # refused before the runs are read
     results = assess(book, Tracked.of(book, database, pair_tags(options.tag), seeds), exploratory=True)
     plans, reasons = make(book, results, options.effect)
     if not plans:

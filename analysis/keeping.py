@@ -52,19 +52,29 @@ def write(drawing: Drawing, name: str, folder: Path) -> list[Path]:
     Raises:
         DataError: the folder cannot be written.
     """
+    make_folder(folder)
     with writing_to(folder):
         return _picture(drawing, folder / name) if isinstance(drawing, DrawnFigure) else _table(drawing, folder / name)
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of the results.
+
+    Raises:
+        DataError: it cannot be made.
+    """
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Make the folder of the results, and explain an error of writing there.
+    """Explain an error of writing to the folder of the results.
 
     Raises:
         DataError: the folder cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise DataError(f"out={folder}: {error.strerror}; expected a folder to write to") from error
