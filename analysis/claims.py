@@ -177,7 +177,7 @@ def describe_sweeps(results: Sequence[Result], tracked: Tracked, earlier: Earlie
     for sweep, runs in tracked.runs.items():
         seeds = tracked.seeds(sweep)
         of = f" of seeds {tables.ranges(seeds)}" if seeds else ""
-        short = f", {tracked.unfinished[sweep]} unfinished" if tracked.unfinished[sweep] else ""
+        short = f", {tracked.unfinished[sweep]} unfinished and left out" if tracked.unfinished[sweep] else ""
         refused = f"; left out: {tracked.refused[sweep]}" if sweep in tracked.refused else ""
         options = {part: sorted({run.option(part) or "none" for run in runs}) for part in SHOWN} if runs else {}
         work = f"; {spent}" if (spent := describe_work(runs)) else ""

@@ -76,23 +76,25 @@ class TrackedPolicy:
 # --- held-out responses -----------------------------------------------------------------------------------------------
 
 
-def by_prompt(items: Sequence[Row], column: str = "score", kind: str = "sample") -> dict[str, float]:
+def by_prompt(items: Sequence[Row], column: str = "score", kind: str = "sample", family: str = "") -> dict[str, float]:
     """The mean of a column over the responses of one kind to each prompt; NaN if no response has a value.
 
     Args:
         column: ``score`` or ``second`` (0-100) or ``right`` (0 or 1).
         kind: ``sample``, ``greedy`` or ``human``.
+        family: only prompts of this family; all prompts by default.
 
     Raises:
-        DataError: no response of this kind has a value.
+        DataError: no response of this kind and family has a value.
     """
     points: dict[str, list[float]] = defaultdict(list)
     for item in items:
-        if item["kind"] == kind:
+        if item["kind"] == kind and (not family or item["family"] == family):
             points[item["id"]] += [] if item.get(column) is None else [float(item[column])]
     if not any(points.values()):
         hint = "; a second judge gives it: judge@second_judge=…" if column == "second" else ""
-        raise DataError(f"no {kind} response has a value of {column}{hint}")
+        among = f" to prompts of family {family}" if family else ""
+        raise DataError(f"no {kind} response{among} has a value of {column}{hint}")
     return {name: _mean(values) for name, values in points.items()}
 
 

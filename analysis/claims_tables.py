@@ -223,7 +223,7 @@ def _markdown_tables(by_role: Mapping[Role, Sequence[tuple[str, ...]]], wanted: 
 
 
 def brief(results: Sequence[Result], about: str) -> str:
-    """The tables without sources, sizes and remarks, for docs/results.md.
+    """The tables without sources and sizes, and with caveats as their only remarks, for docs/results.md.
 
     A claim's measure is given only if several claims have the same text.
     """
@@ -235,7 +235,10 @@ def brief(results: Sequence[Result], about: str) -> str:
         ]
         for role, found in lines(results).items()
     }
-    return "\n\n".join([*_markdown_tables(by_role, BRIEF), for_markdown(caption(results, about)[0])]) + "\n"
+    numbered = [(place, result.claim.caveat) for place, result in enumerate(results, 1) if result.claim.caveat]
+    caveats = [f"- {for_markdown(caveat)}" for caveat in remarks_by_text(numbered)]
+    limits = ["Limits of measures, by the number of the claim:", "\n".join(caveats)] if caveats else []
+    return "\n\n".join([*_markdown_tables(by_role, BRIEF), *limits, for_markdown(caption(results, about)[0])]) + "\n"
 
 
 def latex(results: Sequence[Result], about: str) -> str:

@@ -23,6 +23,7 @@ from analysis.results import (
     numbers,
     results,
     scaled,
+    seed_by_seed,
     size,
 )
 from analysis.selection import BEGINNING, DSL, SPIN, Absent, Cells, Runs, method_of
@@ -31,6 +32,7 @@ from dnpo.palette import GRID, INK, SERIES, Look
 from dnpo.palette import SPIN as SPIN_LOOK
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.significance import holm
+from dnpo.stats.table import ALPHA
 from dnpo.tracking.reading import TrackedRun
 
 TITLE = "Labels by a judge against labels by origin, by how often the labels are right"
@@ -84,7 +86,7 @@ def make(runs: Runs) -> DrawnFigure:
     rows.sort(key=lambda row: (row["flaws"], row["judge"], row["dial"]))
     compared = [row for row in rows if row["judge"]]
     for row, p in zip(compared, holm([row["p"] for row in compared]), strict=True):
-        row["p_holm"] = p
+        row |= {"p_holm": p, "reading": _read_gain(Estimate(row["mean"], row["low"], row["high"]), p)}
     shares = sorted({row["flaws"] for row in compared})
     figure, panels = canvas(PAGE, 2.9, 1, len(shares), sharex=True, sharey=True)
     for axis, flaws in zip(panels, shares, strict=True):
@@ -126,7 +128,7 @@ def _row(cells: Cells, measure: PolicyMeasure, name: str, of: Labelling) -> dict
     value = Estimate(float(np.nanmean(apart))) if found is None else found.difference
     gain = scaled(clip(value), measure.metric.scale)
     p = 1.0 if found is None else found.p
-    return {**head, **right, **numbers(gain), "reading": _read_gain(gain), **size(apart), "p": p}
+    return {**head, **right, **numbers(gain), **seed_by_seed(apart, seeds, measure.metric.scale), **size(apart), "p": p}
 
 
 def _right_labels(cells: Cells, name: str, seeds: Sequence[int], iterations: Sequence[Any]) -> Estimate:
@@ -144,12 +146,12 @@ def _right_labels(cells: Cells, name: str, seeds: Sequence[int], iterations: Seq
     return scaled(estimate(np.array([shares]).T, "share"), 100.0)
 
 
-def _read_gain(gain: Estimate) -> str:
-    """What the interval says: better, worse, negligible, or open."""
+def _read_gain(gain: Estimate, p_holm: float) -> str:
+    """What the corrected p and the interval say: better, worse, negligible, or open."""
+    if p_holm <= ALPHA:
+        return "better" if gain.value > 0 else "worse"
     if gain.low is None or gain.high is None:
         return "open"
-    if gain.low > 0 or gain.high < 0:
-        return "better" if gain.low > 0 else "worse"
     return "negligible" if gain.low > -NEGLIGIBLE and gain.high < NEGLIGIBLE else "open"
 
 

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from analysis.command import alone
 from analysis.drawing import PAGE, SMALL, canvas, finish, foot
 from analysis.keeping import DrawnFigure
-from analysis.results import against, average, benchmarks, clip, numbers, results, scaled, size
+from analysis.results import against, average, benchmarks, clip, numbers, results, scaled, seed_by_seed, size
 from analysis.selection import CONSTANT, FIXED, NPO, SPIN, Absent, Cells, Runs, method_of
 from dnpo.palette import BREAK, INK, PAPER
 from dnpo.stats.intervals import Estimate
@@ -108,8 +108,9 @@ def _row(cells: Cells, pair: tuple[str, str], place: tuple[float, float, int]) -
     known = [float(each) for each in flat if each is not None]
     head = {"method": pair[0], "base": pair[1], **dict(zip(("flaws", "beta", "epochs"), place, strict=True))}
     saturation = {"saturation": float(np.mean(known)) if known else None}
+    by_seed = seed_by_seed(apart, seeds, measure.metric.scale)
     p = 1.0 if found is None else found.p
-    return {**head, **numbers(gain), **saturation, "negligible": _is_negligible(gain), **size(apart), "p": p}
+    return {**head, **numbers(gain), **saturation, "negligible": _is_negligible(gain), **by_seed, **size(apart), "p": p}
 
 
 def _is_negligible(gain: Estimate) -> bool:

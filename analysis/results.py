@@ -199,17 +199,17 @@ def stack(items: Sequence[Items]) -> Array:
 def estimate(x_SI: Array, of: Kind = "number") -> Estimate:
     """The mean with its 95 % interval, over items and seeds, or only over seeds if there is one item.
 
-    Items that lack a value under some seed are left out.
+    Items that lack a value under some seed are left out. There is no interval over seeds that are all equal.
 
     Args:
         of: ``share``, between 0 and 1: Wilson's interval; ``amount``, not negative: the t interval of its logarithm;
             ``number``: the t interval.
     """
     x_SI = whole(x_SI)
-    if x_SI.shape[1] == 1:
+    if of_seeds := x_SI.shape[1] == 1:
         x_SI = x_SI.T
     mean = estimate_mean(x_SI)
-    if mean is None:
+    if mean is None or (of_seeds and not np.ptp(x_SI)):
         return Estimate(float(x_SI.mean()))
     if of == "share":
         return mean.share(x_SI.shape[1])
@@ -305,6 +305,12 @@ def size(x_SI: Array) -> dict[str, int]:
     """Numbers of seeds, of items, and of items left out because they lack a value under some seed, as columns."""
     items = whole(x_SI).shape[1]
     return {"seeds": len(x_SI), "items": items, "unscored": x_SI.shape[1] - items}
+
+
+def seed_by_seed(x_SI: Array, seeds: Sequence[int], scale: float) -> dict[str, str]:
+    """The mean over items under each seed, as one column: ``0: 1.25, 1: -0.5``. Shape S × I."""
+    means = scale * np.nanmean(x_SI, axis=1)
+    return {"by_seed": ", ".join(f"{seed}: {mean:.6g}" for seed, mean in zip(seeds, means, strict=True))}
 
 
 def numbers(value: Estimate, prefix: str = "") -> dict[str, float | None]:

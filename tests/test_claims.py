@@ -76,6 +76,14 @@ def test_a_prompt_counts_with_the_mean_of_its_answers_that_have_a_value() -> Non
         claims_measures.by_prompt(ITEMS, "second")
 
 
+def test_a_family_of_prompts_can_be_measured_alone() -> None:
+    items = [row | {"family": "sorting" if row["id"] == "p" else "facts"} for row in ITEMS]
+    assert claims_measures.by_prompt(items, family="facts") == {"q": 40.0}
+    assert claims_measures.by_prompt(items, "right", "greedy", family="sorting") == {"p": 0.0}
+    with pytest.raises(DataError, match="no greedy response to prompts of family sums has a value of right"):
+        claims_measures.by_prompt(items, "right", "greedy", family="sums")
+
+
 def test_as_good_as_human_counts_ties_and_leaves_out_what_has_no_score() -> None:
     assert claims_measures.as_good_as_human(ITEMS) == {"p": 0.5, "q": 1.0}
 
@@ -811,6 +819,7 @@ def test_all_formats_agree_and_are_logged(known: Path, tmp_path: Path) -> None:
     brief = (out / claims.BRIEF).read_text()
     assert r"| 1 | 10 % of A\|B\_c &lt; d &amp; so. | > 0 | +" in brief
     assert "| supported (exploratory) |" in brief
+    assert "by the number of the claim:\n\n- 1: mind 5 % &amp; more.\n\n" in brief
     texts = {p.suffix: p.read_text() for p in out.glob("claims.*")}
     assert {p.name for p in out.iterdir()} - {f"claims{suffix}" for suffix in texts} == {
         claims.BRIEF,
@@ -828,7 +837,7 @@ def test_all_formats_agree_and_are_logged(known: Path, tmp_path: Path) -> None:
     assert texts[".md"].startswith("**Secondary**")
     # 7 × 60 s, and 30 s for each of 4 seeds instead of for each run
     assert "9 min of computing, 1.2 times as much without shared stages" in texts[".md"]
-    assert "main (7 runs of seeds 0-3, 1 unfinished; 9 min" in texts[".md"]
+    assert "main (7 runs of seeds 0-3, 1 unfinished and left out; 9 min" in texts[".md"]
     assert "without shared stages); all with scale=smoke," in texts[".md"]
     database = Database(uri)
     (logged,) = [run for run in database._all if run.tags.get("dnpo.kind") == "claims"]
@@ -869,10 +878,10 @@ def test_a_table_without_its_runs_decides_as_with_them(tmp_path: Path, database:
     means = list(csv.DictReader((tmp_path / "out" / "seeds.csv").open()))
     of = [float(row["effect"]) for row in means if row["id"] == "better"]
     assert np.mean(of) == pytest.approx(found["better"]["effect"], rel=1e-5)
-    assert "main (7 runs of seeds 0-3, 1 unfinished; 9 min" in (tmp_path / "out/claims.md").read_text()
+    assert "main (7 runs of seeds 0-3, 1 unfinished and left out; 9 min" in (tmp_path / "out/claims.md").read_text()
     more = outcomes(tmp_path, database, *given, arguments=("--measured", str(kept), "--seeds", "0"))
     assert more["better"]["seeds"] == 3, "the tracked runs have fewer seeds than the earlier table"
-    assert "main (7 runs of seeds 0-3, 1 unfinished; 9 min" in (tmp_path / "out/claims.md").read_text()
+    assert "main (7 runs of seeds 0-3, 1 unfinished and left out; 9 min" in (tmp_path / "out/claims.md").read_text()
 
     kept.write_text(kept.read_text().replace('"target": 0.0', '"target": 1.0', 1))
     assert "claim better has another target there: 1.0, not 0.0" in refusal(tmp_path, nowhere, kept)

@@ -8,7 +8,7 @@ import pytest
 from analysis import command, fig15_judge_accuracy, fig16_noise_map
 from analysis.fig15_judge_accuracy import ERRORS, LENGTH, Labelling, _read_gain
 from analysis.fig16_noise_map import Place
-from analysis.results import average, benchmarks, results
+from analysis.results import average, benchmarks, estimate, results
 from analysis.selection import CONSTANT, DNPO, DSL, NPO, SPIN, Absent
 
 from dnpo.judges.agreement.table import ON_MAP, notes
@@ -51,6 +51,10 @@ def test_gains_are_paired_means_over_iterations(recorder: Recorder, tmp_path: Pa
     (row,) = (row for row in rows if (row["flaws"], row["judge"], row["dial"]) == ("0.5", ERRORS, "0.25"))
     shown = [float(row[name]) for name in ("mean", "low", "high")]
     assert shown == pytest.approx([100 * (each or 0.0) for each in (expected.value, expected.low, expected.high)])
+    by_seed = dict(part.split(": ") for part in row["by_seed"].split(", "))
+    assert {int(seed): float(gain) for seed, gain in by_seed.items()} == pytest.approx(
+        dict(enumerate(100 * (sides[0] - sides[1]).mean(1))), rel=1e-5
+    )
     right = {(row["judge"], row["dial"]): float(row["right_labels_mean"]) for row in rows if row["flaws"] == "0.5"}
     assert right["", "0.0"] == pytest.approx(50.0)
     assert right[ERRORS, "0.45"] == pytest.approx(55.0)
@@ -58,19 +62,32 @@ def test_gains_are_paired_means_over_iterations(recorder: Recorder, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "reading"),
+    ("value", "low", "high", "p_holm", "reading"),
     [
-        (0.1, 3.0, "better"),
-        (-3.0, -0.1, "worse"),
-        (-0.9, 0.9, "negligible"),
-        (-1.0, 0.5, "open"),
-        (-0.5, 1.2, "open"),
-        (0.1, 0.5, "better"),  # different from nothing, though small
-        (None, None, "open"),
+        (1.5, 0.1, 3.0, 0.05, "better"),
+        (-1.5, -3.0, -0.1, 0.04, "worse"),
+        (1.5, 0.1, 3.0, 0.051, "open"),  # only before the correction
+        (-1.5, -3.0, -0.1, 0.5, "open"),
+        (0.0, -0.9, 0.9, 1.0, "negligible"),
+        (-0.2, -1.0, 0.5, 1.0, "open"),
+        (0.3, -0.5, 1.2, 1.0, "open"),
+        (0.3, 0.1, 0.5, 0.01, "better"),  # different from nothing, though small
+        (0.3, 0.1, 0.5, 0.3, "negligible"),
+        (0.3, None, None, 1.0, "open"),
     ],
 )
-def test_intervals_are_read_as_one_of_four(low: float | None, high: float | None, reading: str) -> None:
-    assert _read_gain(Estimate(0.0, low, high)) == reading
+def test_a_gain_is_read_as_one_of_four(
+    value: float, low: float | None, high: float | None, p_holm: float, reading: str
+) -> None:
+    assert _read_gain(Estimate(value, low, high), p_holm) == reading
+
+
+def test_seeds_that_all_agree_give_no_interval() -> None:
+    """Three seeds whose labels are all right are three measurements, not three labels."""
+    assert estimate(np.ones((3, 1)), "share") == Estimate(1.0)
+    assert estimate(np.array([[0.9], [0.9], [0.9]]), "share") == Estimate(0.9)
+    assert estimate(np.array([[0.9], [0.8], [0.9]]), "share").low is not None
+    assert estimate(np.ones((3, 20)), "share").low is not None  # 20 answers, all right
 
 
 def test_runs_that_the_map_cannot_place_are_refused(recorder: Recorder) -> None:

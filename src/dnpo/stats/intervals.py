@@ -187,7 +187,7 @@ def estimate_mean(x_SI: Array) -> Mean | None:
     freedom are at least the smaller of S−1 and I−1.
 
     ``benchmarks/claims_power.py`` simulates the size of the test: nominally 5 %, it is 3.5 to 6.5 % with 5 to 12 seeds;
-    with three seeds it is up to 7.2 % where seeds and items vary equally.
+    with three seeds it is up to 7.6 % where seeds and items vary equally.
 
     With one seed the variance is V₂ alone (the one-sample t test over items); with one item it cannot be computed, and
     the result is None.
