@@ -160,10 +160,17 @@ def plan(
     return Plan(claim, level, seeds, prompts, components, planned, effect, by_seeds, by_prompts, seconds)
 
 
-def _least(enough: Callable[[int], bool], low: int, high: int) -> int | None:
-    """The least number that is enough, by bisection; None if the largest is not."""
-    if not enough(high):
-        return None
+def _least(enough: Callable[[int], bool], low: int, most: int) -> int | None:
+    """The least number that is enough, to the step of the search; None if none is found.
+
+    More is not always better: an effect below the smallest effect of interest is found with some number, and called
+    negligible with a larger one. So numbers are tried in steps of a tenth, and the last step is bisected.
+    """
+    high = low
+    while not enough(high):
+        if high == most:
+            return None
+        low, high = high + 1, min(high + max(1, high // 10), most)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle + 1, high)

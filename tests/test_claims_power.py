@@ -134,6 +134,22 @@ def test_a_plan_by_hand() -> None:
         assert (few.components.mean(12, count).detectable(0.0125, negligible=claim.sesoi) <= 1.0) == enough
 
 
+@pytest.mark.parametrize("effect", [0.6, 0.8, 0.95, 1.0, 1.5])
+def test_seeds_that_are_enough_are_found_though_more_would_call_the_effect_negligible(effect: float) -> None:
+    """Compared with all numbers of seeds: below the smallest effect of interest the power rises, and falls again."""
+    (claim, *_) = read(FILE).by_role("primary")
+    components = Components(0.5, 0.0, 770.0)
+    found = plan(claim, components, 0.05, 12, 480, effect=effect)
+    power = [components.mean(count, 480).power(effect, 0.05, claim.sesoi) for count in range(2, 401)]
+    enough = [count for count, each in enumerate(power, 2) if each >= 0.8]
+    if effect < 0.9 * claim.sesoi:
+        assert power[-1] < 0.8  # often negligible by then
+    if not enough:
+        assert found.seeds_needed is None
+    else:
+        assert found.seeds_needed == enough[0]
+
+
 def test_forecasts_of_negligible_match_simulation() -> None:
     """An interval of half width t · error around 0 lies within ± 2 as often as the forecast says."""
     parts, rng = Components(1.0, 20.0, 30.0), np.random.default_rng(9)
