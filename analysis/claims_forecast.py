@@ -29,9 +29,10 @@ COLUMNS = (
 )
 TEXTS = ("", "claim", "role", "unit")  # the other columns are aligned to the right
 EXPLAINED = (
-    f"Forecast and reached: the effect that is found in {round(100 * POWER)} % of cases at the strictest level of the "
-    "correction, by the variances of the pilot and by those of the claims' own runs. Ratio: reached / forecast. Power: "
-    "by the forecast, the probability that an effect of the measured size is found."
+    f"Forecast and reached: the effect that is found (supported or contradicted) in {round(100 * POWER)} % of cases at "
+    "the strictest level of the correction, by the variances of the pilot and by those of the claims' own runs. It can "
+    "be many times the half-width of the interval, since a smaller effect would be negligible instead. Ratio: reached / "
+    "forecast. Power: by the forecast, the probability that an effect of the measured size is found."
 )
 
 

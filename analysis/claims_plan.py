@@ -108,7 +108,7 @@ def _go(options: argparse.Namespace) -> int:
     registration = Registration.of(book.path)
     registered = "" if registration.problem else registration.commit
     with writing_to(options.out):
-        (options.out / "plan.md").write_text(markdown(plans, [*about, *reasons]), encoding="utf-8")
+        (options.out / "plan.md").write_text(markdown(book, plans, [*about, *reasons]), encoding="utf-8")
         (options.out / PLAN).write_text(to_csv(plans, registered, pilot_seeds(results)), encoding="utf-8")
     for plan in plans:
         tell(sentence(plan))
@@ -216,16 +216,17 @@ def _count(needed: int | None, noun: str, most: int) -> str:
     return f"over {most:,} {noun}s" if needed is None else plural(needed, noun)
 
 
-def lines(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
-    """The cells of the table, a line for each claim."""
+def lines(book: Book, plans: Sequence[Plan]) -> list[tuple[str, ...]]:
+    """The cells of the table, a line for each claim, with its number in the file."""
+    places = {claim.id: place for place, claim in enumerate(book.claims, 1)}
     rows = []
-    for place, each in enumerate(plans, 1):
+    for each in plans:
         digits = each.claim.digits + 1
         variances = (each.components.seeds, each.components.items, each.components.rest)
         prompts = "" if each.prompts is None else _count(each.prompts_needed, "prompt", MOST_PROMPTS)
         rows.append(
             (
-                *(str(place), each.claim.id, each.claim.role, f"{each.level:.3g}", each.claim.unit),
+                *(str(places[each.claim.id]), each.claim.id, each.claim.role, f"{each.level:.3g}", each.claim.unit),
                 *(fixed(variance**0.5, digits) for variance in variances),
                 *(fixed(each.detectable, digits), f"{each.effect:g}"),
                 f"{each.power:.0%}",
@@ -237,10 +238,10 @@ def lines(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
     return rows
 
 
-def markdown(plans: Sequence[Plan], about: Sequence[str]) -> str:
+def markdown(book: Book, plans: Sequence[Plan], about: Sequence[str]) -> str:
     """The table in GitHub's Markdown, with its explanations."""
     rows = [COLUMNS, tuple("---" if name in TEXTS else "---:" for name in COLUMNS)]
-    rows += [tuple(map(for_markdown, line)) for line in lines(plans)]
+    rows += [tuple(map(for_markdown, line)) for line in lines(book, plans)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return "\n\n".join([table, *map(for_markdown, about)]) + "\n"
 

@@ -174,8 +174,8 @@ def test_the_command_plans_from_a_pilot(migrated: Path, tmp_path: Path, capsys: 
             track(tmp_path, arm, seed)
     path = write_claims(
         tmp_path / "claims.yaml",
-        {"id": "first"},
         {"id": "unseen", "a": "new@2"},
+        {"id": "second"},
         {"id": "number", "measure": "metric", "arguments": {"name": "flat"}},
         {"id": "checked", "role": "check", "sesoi": 0.0},
     )
@@ -183,10 +183,10 @@ def test_the_command_plans_from_a_pilot(migrated: Path, tmp_path: Path, capsys: 
     command = ["--claims", str(path), "--uri", f"sqlite:///{tmp_path / 'mlflow.db'}", "--out", str(out)]
     assert claims_plan.main(command) == 0
     said = capsys.readouterr().out
-    assert "secondary first" in said
+    assert "secondary second" in said
     assert f"4 seeds × {PROMPTS} prompts detect " in said
     assert "Pilot: 6 runs of seeds 7-9. A variance between 3 seeds" in said
-    assert "2: without a pilot: sweep main is complete for no seed" in said
+    assert "1: without a pilot: sweep main is complete for no seed" in said
     assert "3: without a pilot: nothing varies in the pilot" in said
     assert "checked" not in said
     assert "of the pilot are fixed for the claims" not in said
@@ -196,7 +196,7 @@ def test_the_command_plans_from_a_pilot(migrated: Path, tmp_path: Path, capsys: 
     assert float(found["variance_rest"]) == pytest.approx(4.0, rel=0.35)
     assert float(found["level"]) == pytest.approx(0.05 / 3)
     assert (found["seeds"], found["prompts"]) == ("4", str(PROMPTS))
-    assert "| 1 | first | secondary | 0.0167 | points |" in (out / "plan.md").read_text()
+    assert "| 2 | second | secondary | 0.0167 | points |" in (out / "plan.md").read_text()
     assert 2 <= int(found["seeds_needed"]) <= 10
     assert claims_plan.main([*command, "--effect", "0.001", "--seeds", "7,8"]) == 0
     assert "0.001 points need over 1,000 seeds" in (said := capsys.readouterr().out)
@@ -204,7 +204,8 @@ def test_the_command_plans_from_a_pilot(migrated: Path, tmp_path: Path, capsys: 
     assert claims_plan.main([*command, "--effect", "0"]) == 1
     assert "effect=0: expected a number above 0" in capsys.readouterr().err
     assert claims_plan.main([*command, "--seeds", "7"]) == 1
-    assert "no claim has a pilot.\n1, 3: without a pilot: a pilot needs two seeds or more" in capsys.readouterr().err
+    assert (said := capsys.readouterr().err).startswith("error: no claim has a pilot.\n1: without a pilot: ")
+    assert "\n2-3: without a pilot: a pilot needs two seeds or more" in said
     track(tmp_path, "old", 0)
     track(tmp_path, "new", 0)
     assert claims_plan.main(command) == 0
