@@ -31,7 +31,7 @@ TEXTS = ("", "claim", "role", "unit")  # the other columns are aligned to the ri
 EXPLAINED = (
     f"Forecast and reached: the effect that is found (supported or contradicted) in {round(100 * POWER)} % of cases at "
     "the strictest level of the correction, by the variances of the pilot and by those of the claims' own runs. It can "
-    "be many times the half-width of the interval, since a smaller effect would be negligible instead. Ratio: reached / "
+    "be far larger than the half-width, since a smaller effect would be negligible instead. Ratio: reached / "
     "forecast. Power: by the forecast, the probability that an effect of the measured size is found."
 )
 
