@@ -237,7 +237,8 @@ def brief(results: Sequence[Result], about: str) -> str:
     }
     numbered = [(place, result.claim.caveat) for place, result in enumerate(results, 1) if result.claim.caveat]
     caveats = [f"- {for_markdown(caveat)}" for caveat in remarks_by_text(numbered)]
-    limits = ["What the measures count, and their limits, by the number of the claim:", "\n".join(caveats)] if caveats else []
+    head = "What the measures count, and their limits, by the number of the claim:"
+    limits = [head, "\n".join(caveats)] if caveats else []
     return "\n\n".join([*_markdown_tables(by_role, BRIEF), *limits, for_markdown(caption(results, about)[0])]) + "\n"
 
 
