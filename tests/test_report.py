@@ -28,7 +28,7 @@ from dnpo.report.drawing import draw_response, height_of_response
 from dnpo.report.groups import group_runs
 from dnpo.report.markdown import render
 from dnpo.report.outcome import Ranking
-from dnpo.report.page import html, make_visible, number, strip_secrets
+from dnpo.report.page import html, make_visible, number, strip_secrets, tied
 from dnpo.report.response import Response, find_responses
 from dnpo.report.selection import select
 from dnpo.running.notes import describe_sweep
@@ -54,6 +54,7 @@ TAGS = {
         "strong",
         "bdi",
         "br",
+        "wbr",
         "div",
         "dl",
         "dt",
@@ -374,9 +375,9 @@ def test_a_page_begins_with_one_sentence_one_figure_and_one_table_and_ends_with_
         parts = sections(text)
         assert list(parts)[-1] == "settings"
         first = parts[""]
-        places = [first.index(each) for each in ('<div class="outcome">', "<figure>", "<table>", '<dl class="facts">')]
+        places = [first.index(each) for each in ('<div class="outcome">', "<figure>", "<table", '<dl class="facts">')]
         assert places == sorted(places)
-        assert (first.count("<figure>"), first.count("<table>"), first.count('<div class="outcome">')) == (1, 1, 1)
+        assert (first.count("<figure>"), first.count("<table"), first.count('<div class="outcome">')) == (1, 1, 1)
         page = Page(first)
         assert names in page.text
         assert f"<h1><bdi>{title}</bdi></h1>" in first
@@ -384,8 +385,9 @@ def test_a_page_begins_with_one_sentence_one_figure_and_one_table_and_ends_with_
         for name, content_below in parts.items():
             assert len(Page(content_below).text.split()) > 3, f"{name} is empty"
         assert "claims" not in parts, "no claim was tested"
-        links = set(re.findall(r'<a href="#(\w+)">', first))
-        assert links == set(parts) - {""}
+        links = re.findall(r'<a href="#(\w+)">', first)
+        assert ["", *links] == list(parts), "the links are in the order of the page"
+        assert str(lab.folder) not in text, "a path of this machine"
     best = re.search(r"dnpo is best with (\S+) ± \S+ points of 100 \(\+(\S+) ± ", Page(lab.page("main")[0]).text)
     assert best
     assert 8 < float(best[2]) < 12
@@ -604,6 +606,7 @@ def test_a_run_without_a_judge_has_no_scores_and_says_so(lab: Lab) -> None:
 
 
 ORDINARY = "f74fb9ce39c35187"  # the key of a stage
+POLICY = f"optimise/{ORDINARY}"
 
 
 def hostile(lab: Lab) -> None:
@@ -634,7 +637,7 @@ def hostile(lab: Lab) -> None:
             sweep="evil",
             summary={
                 "stages": [stage, {**stage, "key": f"{EVIL}2", "inputs": {EVIL: EVIL}}, {**stage, "key": ORDINARY}],
-                "policies": [EVIL],
+                "policies": [EVIL if method == clean else POLICY],
                 "commit": EVIL,
                 "versions": {EVIL: EVIL},
                 "judge_agreement": [{"data": EVIL, "accuracy": accuracy, "unscored": 0}],
@@ -680,11 +683,18 @@ def test_all_content_of_runs_is_shown_as_text(lab: Lab, which: str) -> None:
         assert "+1.5 (+1.0 to +2.0)" in page.text
 
 
-LINES_OF_KEY = f"""() => {{
-    const range = document.createRange();
-    range.selectNodeContents([...document.querySelectorAll('td.mono')].find(each => each.textContent == '{ORDINARY}'));
-    return range.getClientRects().length;
-}}"""
+KEYS = """() => {
+    const keys = [...document.querySelectorAll('td.key')].filter(each => !each.textContent.includes('script'));
+    const lines = (key) => {
+        const range = document.createRange();
+        range.selectNodeContents(key);
+        return range.getClientRects().length;
+    };
+    return {
+        found: keys.map(each => each.textContent),
+        broken: keys.filter(each => lines(each) > 1).map(each => each.textContent),
+    };
+}"""
 
 
 def test_a_browser_runs_no_script_and_requests_nothing(lab: Lab) -> None:
@@ -714,22 +724,29 @@ def test_a_browser_runs_no_script_and_requests_nothing(lab: Lab) -> None:
         assert min(drawn) > 0.75, "letters of 9.5 points are not much smaller on a phone"
         broken = page.evaluate("[...document.images].filter(each => !each.naturalWidth).length")
         width = page.evaluate("document.documentElement.scrollWidth")
-        lines = page.evaluate(LINES_OF_KEY)
+        on_screen = page.evaluate(KEYS)
         page.emulate_media(media="print", color_scheme="dark")
         page.set_viewport_size({"width": 690, "height": 1000})  # paper of 21 cm less its margins
         wide = "e => e.scrollWidth > e.parentElement.clientWidth + 1"
         cut = page.evaluate(f"[...document.querySelectorAll('.scroll')].filter({wide}).length")
+        on_paper = page.evaluate(KEYS)
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         browser.close()
     assert [event for event in events if not event.startswith(("data:image/", path.as_uri()))] == []
     assert broken == 0
     assert width <= 390
-    assert lines == 1, "the key of a stage is not broken"
+    for keys in (on_screen, on_paper):
+        assert {ORDINARY, f"k = 0: {POLICY}"} <= set(keys["found"]), "keys of stages and of policies"
+        assert any(re.fullmatch("[0-9a-f]{32}", key) for key in keys["found"]), "ids of runs"
+        assert keys["broken"] == [], "keys on several lines"
     assert cut == 0, "columns that paper cuts"
     assert paper == "rgb(255, 255, 255)", "also where the screen is dark"
 
 
 def test_numbers_times_and_addresses_are_readable() -> None:
+    tie = "\N{NO-BREAK SPACE}"
+    assert tied("flips, %: 19.8 ± 4.0 (mean ± half)") == f"flips,{tie}%: 19.8{tie}±{tie}4.0 (mean ± half)"
+    assert tied("the 95 % interval") == f"the 95{tie}% interval"
     assert [number(v, "+.1f") for v in (1.25, -2.0, None, float("nan"), "text")] == ["+1.2", "−2.0", "–", "–", "–"]
     assert [duration(s) for s in (None, 0.42, 59.6, 61, 3600, 7500)] == [
         *("–", "0.4 s", "1 min", "1 min 1 s", "1 h 0 min", "2 h 5 min"),
@@ -843,6 +860,10 @@ def test_a_real_sweep_shows_its_pictures_pairs_and_lineage(trained: Path, monkey
     run = selection.runs[-1]
     for stage in run.summary["stages"]:
         assert stage["key"] in page.text
+    shown = content(selection, "")
+    assert {"supervised fine-tuning", "label"} < set(shown["costs"]["kinds"]), "as in the table of stages"
+    assert shown["settings"]["changed"]
+    assert not any(name.startswith("augment.") for name, *_ in shown["settings"]["changed"]), "a default of its part"
     assert "2 runs finished" in page.text
     tracked = run.artifact("pairs/iteration-1.json")
     assert tracked is not None

@@ -134,6 +134,7 @@ DARK = {
     "bad": "#F3A070",
     "bad-tint": "#42281A",
     "open-tint": "#30363D",
+    "chosen-line": "color-mix(in oklab, var(--chosen) 50%, var(--ink))",  # dark blue is hard to see on dark paper
 }
 
 
@@ -153,7 +154,7 @@ def choose_looks(options: Mapping[str, tuple[str, str]]) -> dict[str, Look]:
 def write_css() -> str:
     """Write the colours of pages as CSS custom properties such as ``--ink``, for light and for dark pages."""
     light = {"paper": PAPER, "on-paper": ON_PAPER, "card": "var(--paper)", "soft": "var(--on-paper)", **LIGHT}
-    light |= {name: SAMPLES[name] for name in ("chosen", "rejected")}
+    light |= {name: SAMPLES[name] for name in ("chosen", "rejected")} | {"chosen-line": "var(--chosen)"}
     dark = f"@media screen and (prefers-color-scheme: dark) {{\n{_write_properties(DARK)}\n}}"
     return f"{_write_properties(light)}\n{dark}"
 

@@ -17,6 +17,7 @@ from dnpo.report.page import day, strip_secrets
 from dnpo.report.pictures import OVER_ITERATIONS, OVER_SETTINGS, find_analysis_pictures, pictures
 from dnpo.report.selection import Selection
 from dnpo.tracking.reading import SWEEP, TrackedRun
+from dnpo.tracking.sqlite import SQLITE, file_of
 from dnpo.wording import plural
 
 CLAIM = (
@@ -74,9 +75,15 @@ def content(selection: Selection, uri: str) -> dict[str, Any]:
         "judges": labels.judges(groups, items),
         "costs": origins.costs(runs),
         "lineage": lineage,
-        "uri": strip_secrets(uri),
+        "uri": _name_store(uri),
         "written": day(1000 * time.time()),
     }
+
+
+def _name_store(uri: str) -> str:
+    """Return the address of the tracking store for a page that others may read: of an absolute path only the file."""
+    file = file_of(uri)
+    return strip_secrets(uri) if file is None or not file.is_absolute() else f"{SQLITE}…/{file.name}"
 
 
 def _title(selection: Selection, groups: Groups) -> str:

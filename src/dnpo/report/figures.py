@@ -143,13 +143,17 @@ def response(found: Response) -> Picture:
 
 
 def over_steps(
-    metric: Metric, lines: Mapping[Look, Sequence[Sequence[tuple[int, float]]]], breaks: Sequence[int]
+    metric: Metric,
+    lines: Mapping[Look, Sequence[Sequence[tuple[int, float]]]],
+    breaks: Sequence[int],
+    span: tuple[int, int],
 ) -> Picture:
     """Draw a metric over training steps: the mean of a group's runs as a moving average.
 
     Args:
         lines: steps and values of each run, by the look of its group.
         breaks: steps at which a new iteration begins.
+        span: the first and the last step that any picture shows, so that pictures side by side share their axis.
     """
     with matplotlib.rc_context(PLAIN):
         figure, axis = _blank(metric)
@@ -171,6 +175,8 @@ def over_steps(
                     axis.plot(*_smooth(steps[part], values[part], window), color=look.colour)
         for edge in breaks:
             axis.axvline(edge, color=BREAK, linewidth=0.8, linestyle=":")
+        margin = 0.05 * (span[1] - span[0]) or 0.5
+        axis.set_xlim(span[0] - margin, span[1] + margin)
         axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
         axis.set_xlabel("training step" + (" (dotted: a new iteration)" if breaks else ""))
         caption = f"Mean over {window} steps in a row; thin: every step." if window > 1 else ""

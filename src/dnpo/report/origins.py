@@ -8,6 +8,7 @@ from dnpo.errors import SettingsError
 from dnpo.report.groups import Groups, is_complete, iteration_title
 from dnpo.report.page import strip_secrets
 from dnpo.settings import conf_folder, flat
+from dnpo.tracking.earlier import complete
 from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import TrackedRun
 
@@ -30,7 +31,7 @@ def defaults(seed: int) -> tuple[dict[str, str], dict[str, str]]:
     options = {str(name): str(value) for name, value in composed.hydra.runtime.choices.items()}
     tree = {name: value for name, value in composed.items() if name != "hydra"}
     settings = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(tree), resolve=True))
-    return {name: str(value) for name, value in flat(settings).items()}, options
+    return complete({name: str(value) for name, value in flat(settings).items()}), options
 
 
 def settings(runs: Sequence[TrackedRun], groups: Groups) -> dict[str, Any]:
@@ -123,7 +124,8 @@ def costs(runs: Sequence[TrackedRun]) -> dict[str, Any]:
     seen: set[str] = set()
     for run in finished:
         for each in run.summary.get("stages", []):
-            kind = kinds.setdefault(each["stage"], {"computed": 0, "reused": 0, "seconds": None})
+            name = each["title"].rpartition(" · ")[2]
+            kind = kinds.setdefault(name, {"computed": 0, "reused": 0, "seconds": None})
             kind["reused" if each["reused"] else "computed"] += 1
             if each.get("seconds") is not None and each["key"] not in seen:
                 kind["seconds"] = (kind["seconds"] or 0.0) + each["seconds"]

@@ -16,6 +16,7 @@ from dnpo.escape import for_terminal
 from dnpo.wording import duration, interval
 
 SECRET = re.compile(r"(\w+://)[^/@\s]*@")
+WITHIN = re.compile(r"(?<=[\d,]) (?=[%±])|(?<=±) (?=\d)")  # spaces within a quantity
 
 
 def make_visible(value: Any) -> Any:
@@ -28,6 +29,11 @@ def make_visible(value: Any) -> Any:
 def strip_secrets(text: str) -> str:
     """Mask the user name and password in addresses."""
     return SECRET.sub(r"\1…@", text)
+
+
+def tied(text: str) -> str:
+    """Keep a number on one line with its % and its ±, as in ``95 %`` and ``19.8 ± 4.0``."""
+    return WITHIN.sub("\N{NO-BREAK SPACE}", text)
 
 
 def number(value: Any, form: str = ".3g", scale: float = 1.0) -> str:
@@ -74,5 +80,5 @@ def html(content: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "effect": effect, "duration": duration, "day": day}
+    environment.filters |= {"number": number, "effect": effect, "duration": duration, "day": day, "tied": tied}
     return environment.get_template("page.html.j2").render(content, colours=Markup(palette.write_css()))

@@ -96,16 +96,19 @@ def _bars(shown: Sequence[Group], measure: ReportMeasure, items: Items) -> str:
 
 
 def _over_steps(shown: Sequence[Group], looks: Mapping[str, Look]) -> list[Picture]:
-    result = []
-    breaks = _breaks(shown)
+    found = {}
     for name in STEPS:
         histories = {
             looks[group.label]: [run for m in group.members if (run := m.run.over_steps(name))] for group in shown
         }
-        histories = {look: runs for look, runs in histories.items() if runs}
-        if histories:
-            result.append(figures.over_steps(metric(name), histories, breaks))
-    return result
+        found[name] = {look: runs for look, runs in histories.items() if runs}
+    steps = [step for histories in found.values() for runs in histories.values() for run in runs for step, _ in run]
+    breaks = _breaks(shown)
+    return [
+        figures.over_steps(metric(name), histories, breaks, (min(steps), max(steps)))
+        for name, histories in found.items()
+        if histories
+    ]
 
 
 def _breaks(shown: Sequence[Group]) -> list[int]:
