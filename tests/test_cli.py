@@ -64,18 +64,30 @@ def test_every_verb_explains_itself(tmp_path: Path, verb: str, narrow: None) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_of_arguments_is_broken_between_words_on_a_terminal(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "status", "words"),
+    [
+        ("store nope", 2, "(choose from 'list', 'verify', 'remove', 'publish')"),
+        (
+            "judge fit data.path=none.jsonl base=nowhere lr=1e-3 out=reward epochs=1 seed=1",
+            1,
+            "out=reward epochs=1 seed=1 error:",
+        ),
+    ],
+    ids=["arguments", "first line"],
+)
+def test_lines_are_broken_between_words_on_a_terminal(tmp_path: Path, given: str, status: int, words: str) -> None:
     ours, its = pty.openpty()
     termios.tcsetwinsize(its, (24, 60))
-    command = [sys.executable, "-m", "dnpo", "store", "nope"]
+    command = [sys.executable, "-m", "dnpo", *given.split()]
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     done = subprocess.run(command, cwd=tmp_path, stdout=its, stderr=its, env=environment, check=False, timeout=120)
     os.close(its)
     lines = os.read(ours, 10_000).decode().splitlines()
     os.close(ours)
-    assert done.returncode == 2
+    assert done.returncode == status
     assert max(map(len, lines)) < 60
-    assert "(choose from 'list', 'verify', 'remove', 'publish')" in " ".join(lines)
+    assert words in " ".join(" ".join(lines).split())
 
 
 def test_ctrl_c_during_imports_is_answered_without_a_traceback(

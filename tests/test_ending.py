@@ -511,7 +511,7 @@ def test_a_wide_table_without_a_title_is_split_into_parts_without_one(
     Console(width=80).table(table, split=True)
     lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
     assert [line.split() for line in lines] == [
-        *(["stage", "needed", "by"], ["sft/0123", "r" * 60]),
+        *(["stage", "needed", "by"], ["sft/0123", "r" * 60], []),
         *(["stage", "by"], ["sft/0123", "m" * 60]),
     ]
 

@@ -627,11 +627,12 @@ def test_the_command_prints_the_tables(tmp_path: Path) -> None:
     result = shown(cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert ["judge", "model", "2", "1", "1,502", "160", "8", "0.7500", "+", "unpriced"] in lines
+    assert ["judge", "model", "2", "1", "1,502", "160", "8", "0.7500+"] in lines
     assert ["other", "model", "1", "0", "0", "1,000", "3", "2.0000"] in lines
     assert ["two", "1", "0", "1,502", "1,000", "3", "2.0000"] in lines
     assert sum(line[:1] == ["all"] for line in lines) == 3
-    assert ["all", "3", "1", "1,502", "1,160", "11", "2.7500", "+", "unpriced"] in lines
+    assert "+: and calls without a known price." in result.stdout
+    assert ["all", "3", "1", "1,502", "1,160", "11", "2.7500+"] in lines
     assert shown("ledger.sqlite", cwd=tmp_path).stdout == result.stdout
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import shutil
 import sys
@@ -391,8 +392,9 @@ def test_the_command(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     given = ("fit", "data.path=p.jsonl", "base=base", "out=out", "epochs=1", "lr=1e-3", "device=cpu")
     assert command(monkeypatch, tmp_path, *given) == 0
     out = capsys.readouterr().out
-    for part in ("held-out accuracy", "longer response chosen", "center", "judge=reward judge.path=out"):
+    for part in ("longer response chosen", "center", "judge=reward judge.path=out"):
         assert part in out
+    assert re.search(r"held-out accuracy +[\d.]+ % \(95 % interval [\d.]+ to [\d.]+\), training [\d.]+ %", out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out", "p.jsonl"]
     assert Reward(path="out", device="cpu").weights.folder == tmp_path / "out"
     wrong = {

@@ -125,9 +125,9 @@ def greet(cfg: DictConfig, job: Any) -> None:
     given = job.overrides.task
     if job.mode is RunMode.MULTIRUN:
         sweep = Path(job.sweep.dir)
-        say(f"{describe_place(sweep, job.job.num)}: {run_name(find_varying(sweep, given))}")
+        tell(f"{describe_place(sweep, job.job.num)}: {run_name(find_varying(sweep, given))}")
     elif not (cfg.get("plan") or cfg.get("check")):
-        say(f"dnpo {__version__}: {run_name(given)}")
+        tell(f"dnpo {__version__}: {run_name(given)}")
 
 
 @contextmanager

@@ -35,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table = ScreenTable(title=title, title_justify="left", box=None, pad_edge=False)
         for name in names:
             table.add_column(name, overflow="fold")
-        for name in ("calls", "failed", "hits", "tokens in", "tokens out", "US dollars"):
+        for name in ("calls", "failed", "hits", "tokens\nin", "tokens\nout", "US\ndollars"):
             table.add_column(name, justify="right", no_wrap=True)
         groups = sum_by(rows, *names)
         for row in [*groups, {**dict.fromkeys(names, "all"), **sum_by(rows)[0]}] if groups else []:
-            money = f"{row['cost']:,.4f}" + (" + unpriced" if row["unpriced"] else "")
+            money = f"{row['cost']:,.4f}" + ("+" if row["unpriced"] else "")
             counts = [f"{row[name]:,}" for name in ("calls", "failed", "hits", "tokens_in", "tokens_out")]
             table.add_row(*(str(row[name]) for name in names), *counts, money)
         console.table(table, split=True)
@@ -52,6 +52,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
             table.add_row(*each.values())
         console.table(table, split=True)
         console.say("")
-    console.tell(
-        "hits: questions answered from the ledger instead of asked again; failed: replies that gave no verdict."
-    )
+    note = "hits: questions answered from the ledger instead of asked again; failed: replies that gave no verdict"
+    console.tell(f"{note}; +: and calls without a known price." if any(row["unpriced"] for row in rows) else f"{note}.")

@@ -136,7 +136,9 @@ class Console:
             fold: whether long cells are wrapped, so that the table fits the terminal's width.
         """
         parts = _split(table, self.rich.width) if split and self.rich.is_terminal else [table]
-        for part in parts:
+        for number, part in enumerate(parts):
+            if number:
+                self.say("")
             if part.title is not None:  # by Rich, it would be as narrow as the table, with paths broken
                 self._print_title(str(part.title))
                 part.title = None

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from dnpo import __version__
 from dnpo.catalogue import Metric, metric
 from dnpo.errors import DnpoError
-from dnpo.escape import for_terminal, say
+from dnpo.escape import for_terminal, say, tell
 from dnpo.wording import duration, plural
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class SweepReport(Callback):
         total = _count_jobs(config.hydra)
         jobs = "" if total is None else f" of {plural(total, 'job')}"
         where = "" if config.get("plan") or config.get("check") else f", in {os.path.relpath(sweep)}"
-        say(f"dnpo {__version__}: a sweep{jobs}{where}")
+        tell(f"dnpo {__version__}: a sweep{jobs}{where}")
         from dnpo.tracking.writing import HELD  # takes a while to import
 
         sweep.mkdir(parents=True, exist_ok=True)

@@ -313,11 +313,11 @@ def _describe(facts: dict[str, Any]) -> str:
     fitted = facts["fit"]
 
     def percent(name: str) -> str:
-        low, high = fitted[f"{name}_95"]
-        return f"{fitted[name]:.1%} (95 %: {low:.1%} to {high:.1%})"
+        low, high = (100 * end for end in fitted[f"{name}_95"])
+        return f"{100 * fitted[name]:.1f} % (95 % interval {low:.1f} to {high:.1f})"
 
     lines = [
-        f"held-out accuracy      {percent('accuracy')}, training {fitted['training_accuracy']:.1%}",
+        f"held-out accuracy      {percent('accuracy')}, training {100 * fitted['training_accuracy']:.1f} %",
         f"longer response chosen {percent('longer_is_chosen')}, the judge by length",
         f"center {facts['center']:.4g}, scale {facts['scale']:.4g}: the middle half of held-out rewards spreads over "
         "25-75 points",
