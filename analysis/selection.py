@@ -201,8 +201,9 @@ class Runs:
             name=_option_of,
             own=_is_own,
         )
-        lacking = [f"{m} seed {s}" for m in cells.methods for s in cells.seeds if not cells.at_end(m, [s])]
-        return replace(cells, notes=(*cells.notes, f"missing: {', '.join(lacking)}")) if lacking else cells
+        lacking = {m: [str(s) for s in cells.seeds if not cells.at_end(m, [s])] for m in cells.methods}
+        shown = [f"{m} seed{'s' * (len(few) > 1)} {', '.join(few)}" for m, few in lacking.items() if few]
+        return replace(cells, notes=(*cells.notes, f"missing: {'; '.join(shown)}")) if shown else cells
 
     def named(self, name: Callable[[TrackedRun], str], own: Callable[[str], bool]) -> Cells:
         """All iterations of every run, under names that the caller gives in place of the methods'.

@@ -452,6 +452,8 @@ def test_methods_may_differ_in_anything_but_their_start_and_measures(recorder: R
     assert chosen(recorder, where, sweeps=["main"]).rivals().methods == ["spin", "mine"]
     recorder.run(SPIN, 1, experiment=where, params=of_mine, tags={"dnpo.method": "mine"})
     assert chosen(recorder, where, sweeps=["main"]).rivals().notes == ("missing: spin seed 1",)
+    recorder.run(SPIN, 2, experiment=where, params=of_mine, tags={"dnpo.method": "mine"})
+    assert chosen(recorder, where, sweeps=["main"]).rivals().notes == ("missing: spin seeds 1, 2",)
     recorder.run(SPIN, 1, experiment=where, params={"judge._target_": "rules", "model.width": "8"})
     with pytest.raises(DataError, match=r"model\.width is absent"):
         chosen(recorder, where, sweeps=["main"]).rivals()

@@ -658,6 +658,9 @@ def hostile(lab: Lab) -> None:
     database.client.log_artifact(own.id, str(path), "analysis")
     (lab.folder / "bad.png").write_text("<svg onload=alert(1)>")
     database.client.log_artifact(own.id, str(lab.folder / "bad.png"), "analysis")
+    for inches in (3.3, 6.9):  # a column and a page
+        Figure(figsize=(inches, 1)).savefig(lab.folder / f"{inches}.png", dpi=300)
+        database.client.log_artifact(own.id, str(lab.folder / f"{inches}.png"), "analysis")
 
 
 @pytest.mark.parametrize("which", ["sweep", "run", "failed"])
@@ -720,6 +723,9 @@ def test_a_browser_runs_no_script_and_requests_nothing(lab: Lab) -> None:
         drawn = page.evaluate(
             "[...document.images].filter(i => i.src.startsWith('data:image/svg')).map(i => i.width / i.naturalWidth)"
         )
+        brought = page.evaluate(
+            "[...document.images].filter(i => i.src.startsWith('data:image/png')).map(i => i.width)"
+        )
         assert tiles
         assert min(drawn) > 0.75, "letters of 9.5 points are not much smaller on a phone"
         broken = page.evaluate("[...document.images].filter(each => !each.naturalWidth).length")
@@ -734,6 +740,8 @@ def test_a_browser_runs_no_script_and_requests_nothing(lab: Lab) -> None:
         browser.close()
     assert [event for event in events if not event.startswith(("data:image/", path.as_uri()))] == []
     assert broken == 0
+    column, whole = brought
+    assert column < 390 < 600 < whole, "letters of a wide figure stay readable; it scrolls"
     assert width <= 390
     for keys in (on_screen, on_paper):
         assert {ORDINARY, f"k = 0: {POLICY}"} <= set(keys["found"]), "keys of stages and of policies"

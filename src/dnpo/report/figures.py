@@ -48,11 +48,16 @@ SIZE = (4.2, 2.9)  # inches; a phone shows them at about this size
 LONGEST_LABEL = 30  # characters of a label in a figure
 TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 PNG = b"\x89PNG\r\n\x1a\n"
+COLUMN = 1200  # pixels: wider than a figure for one column of a paper
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, as a ``data:`` address, with title and caption."""
+    """A picture, as a ``data:`` address, with title and caption.
+
+    Attributes:
+        wide: whether it needs the width of a page; a phone scrolls it.
+    """
 
     uri: str
     title: str
@@ -204,7 +209,8 @@ def png(path: Path) -> Picture | None:
     """Read a PNG file as a picture; None if it is not a PNG."""
     content = path.read_bytes()
     title = path.stem.replace("_", " ").replace("-", " ")
-    return Picture(_uri(content, ".png"), title, wide=True) if content.startswith(PNG) else None
+    width = int.from_bytes(content[16:20])  # of its header
+    return Picture(_uri(content, ".png"), title, wide=width > COLUMN) if content.startswith(PNG) else None
 
 
 def _blank(metric: Metric) -> tuple[Figure, Axes]:
