@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from functools import wraps
@@ -384,6 +385,23 @@ def command(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> i
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
+
+
+def test_agreement_of_a_fitted_judge_shows_no_bar_of_a_library(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama(world, tmp_path / "base", LlamaForCausalLM)
+    preferences(tmp_path / "p.jsonl")
+    given = ("fit", "data.path=p.jsonl", "base=base", "out=out", "epochs=1", "lr=1e-3", "device=cpu")
+    assert command(monkeypatch, tmp_path, *given) == 0
+    pairs = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    rows = [{"prompt": r["prompt"], "a": r["chosen"], "b": r["rejected"], "label": "A"} for r in pairs]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    asked = [sys.executable, "-m", "dnpo", "judge", "agreement", "judge=reward", "judge.path=out", "data=rows.jsonl"]
+    done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Accuracy where people" in done.stdout
+    assert "Loading" not in done.stderr
 
 
 def test_the_command(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -83,6 +83,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
     judge, tracking = build("judge", settings["judge"]), build("tracking", settings["tracking"]).open()
     if not judge.gives_scores:
         raise SettingsError("judge=off gives no scores, so there is nothing to compare; choose a judge")
+    command.prepare_torch(top["threads"])  # before a judge loads its model
     problem = judge.accepts([row.prompt for row in rows])
     if problem is not None:
         raise SettingsError(problem)
@@ -96,7 +97,6 @@ def _run(cfg: DictConfig, job: Any) -> None:
     from dnpo.store import manifest, write_json
     from dnpo.store.provenance import commit
 
-    command.prepare_torch(top["threads"])
     console, store = Console(), command.make_store(top)
     store.open(console.say)
     ledger = Ledger(Path(top["ledger"]), os.path.relpath(sweep or folder))
