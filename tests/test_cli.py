@@ -21,8 +21,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from dnpo import __version__, cli
+from dnpo.commands.common import refuse_dashes
 from dnpo.commands.explain import describe
-from dnpo.commands.grammar import Parser, parse, refuse_dashes
+from dnpo.commands.grammar import Parser, find_dashes, parse
 from dnpo.commands.verbs import VERBS
 from dnpo.errors import SettingsError
 from dnpo.settings import _parameters, is_part, locate
@@ -320,27 +321,37 @@ def test_the_version_is_the_packages(tmp_path: Path, given: tuple[str, ...]) -> 
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("config", "given", "message"),
     [
-        (["--seed", "1"], "--seed 1: settings are written without dashes: seed=1"),
-        (["--seed=1"], "--seed=1: settings are written without dashes: seed=1"),
-        (["--plan"], "--plan: settings are written without dashes: plan=true"),
-        (["method=spin", "--npo.alpha", "0.1"], "npo.alpha=0.1"),
-        (["--run-name", "a b"], "run_name='a b'"),
-        (["--plan", "method=spin"], "plan=true"),
+        ("train", ["--seed", "1"], "--seed 1: settings are written without dashes: seed=1"),
+        ("train", ["--seed=1"], "--seed=1: settings are written without dashes: seed=1"),
+        ("train", ["--seed"], "--seed: settings are written without dashes: seed=…"),
+        ("train", ["--plan"], "--plan: settings are written without dashes: plan=true"),
+        ("train", ["--data", "jsonl"], "without dashes: data=jsonl"),
+        ("train", ["seed=3", "--npo.alpha", "0.1"], "without dashes: npo.alpha=0.1"),
+        ("train", ["--store.root", "a b"], "without dashes: store.root='a b'"),
+        ("train", ["--plan", "method=spin"], "without dashes: plan=true"),
+        ("train", ["method=spin", "--npo.alpha", "0.1"], "npo.alpha: a setting of npo="),
+        ("train", ["--jobs", "2"], "dashes. jobs: unknown setting. With --help, the command lists all settings."),
+        ("train", ["-j", "2"], "-j 2: settings are written without dashes. j: unknown setting. With --help,"),
+        ("train", ["--iteration=3"], "iteration: unknown setting. Did you mean iterations"),
+        ("train", ["--judge.base-url=x"], "judge.base_url: a setting of judge=openai"),
+        ("evaluate", ["--against", "human"], "without dashes: against=human"),
+        ("evaluate", ["--iterations", "2"], "dashes. iterations: unknown setting."),
     ],
 )
-def test_settings_with_dashes_get_a_hint(given: list[str], message: str) -> None:
+def test_settings_with_dashes_get_a_hint_that_the_verb_takes(config: str, given: list[str], message: str) -> None:
     with pytest.raises(SettingsError) as refused:
-        refuse_dashes(given)
+        refuse_dashes(config, given)
     assert message in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    "given", [["-m", "a=1"], ["--multirun", "a=1"], ["--config-dir", "x"], ["--cfg", "job"], ["a=--b"]]
+    "given",
+    [["-m", "a=1"], ["--multirun", "a=1"], ["--config-dir", "x"], ["--cfg", "job"], ["-cjob"], ["-cd=x"], ["a=--b"]],
 )
 def test_hydras_options_with_dashes_are_accepted(given: list[str]) -> None:
-    refuse_dashes(given)
+    assert find_dashes(given) is None
 
 
 def parser() -> argparse.ArgumentParser:

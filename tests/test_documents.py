@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 import dnpo as laboratory
 from dnpo.cli import main as dnpo
 from dnpo.commands import agreement, common, evaluate, leaderboard, reward, train
-from dnpo.commands.grammar import refuse_dashes, with_dashes
+from dnpo.commands.grammar import find_dashes, with_dashes
 from dnpo.commands.verbs import VERBS
 from dnpo.settings import check, check_values, conf_folder, locate
 from tests.commands import SMOKE, TINY
@@ -88,7 +88,7 @@ def until_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_settings(config: str, arguments: list[str]) -> None:
     """Compose every job of a command and check its settings."""
-    refuse_dashes(arguments)
+    assert find_dashes(arguments) is None
     overrides = [each for each in arguments if not each.startswith("-")]
     jobs: Sequence[Sequence[str]] = [overrides]
     if "-m" in arguments:

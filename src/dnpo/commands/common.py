@@ -5,10 +5,11 @@ Heavy modules are imported inside functions, so that wrong settings are reported
 
 import os
 import re
+import shlex
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dnpo import __version__, disk, garbage, interrupts
-from dnpo.commands.grammar import HELP, VERSION, program, refuse_dashes
+from dnpo.commands.grammar import HELP, VERSION, find_dashes, program
 from dnpo.commands.naming import run_name
 from dnpo.commands.quoting import explain_unreadable
 from dnpo.errors import DnpoError, SettingsError
@@ -98,7 +99,7 @@ def run(
         if VERSION & set(given):
             say(f"dnpo {__version__}")
             return
-        refuse_dashes(given)
+        refuse_dashes(config, given)
         with interrupts.raised(), _without_folders(given) as final, _arguments(final):
             hydra.main(version_base="1.3", config_path=str(folder), config_name=config)(task)()
         if failed:
@@ -178,27 +179,7 @@ def explain(error: Exception, config: str, arguments: Sequence[str]) -> str:
         return _explain_absent(absent.group(1), config, arguments)
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if unknown:
-        from hydra import compose, initialize_config_dir
-        from hydra.core.global_hydra import GlobalHydra
-
-        key = unknown.group(1)
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            tree = compose(config, _options(arguments), return_hydra_config=True)
-        choices = {each for each in tree.hydra.runtime.choices if not each.startswith("hydra/")}
-        OmegaConf.set_struct(tree, False)
-        del tree.hydra
-        known = flat(cast(dict[str, Any], OmegaConf.to_container(tree)))
-        groups = {name.split(".")[0] for name in known} | choices
-        options = _options_with(key)
-        if options:
-            part = key.partition(".")[0]
-            return (
-                f"{key}: a setting of {', '.join(f'{part}={option}' for option in options)}; give that too, such as "
-                f"{part}={options[0]} {key}=…"
-            )
-        near = nearest(key, set(known) | groups)
-        return f"{key}: unknown setting.{near if NEAR in near else ' With --help, the command lists all settings.'}"
+        return _explain_unknown(unknown.group(1), _list_settings(config, arguments))
     plugin = re.search(r"Could not find '(hydra/(\w+))/(\w+)'", text)
     if plugin:
         group, kind, name = plugin.groups()
@@ -215,6 +196,52 @@ def explain(error: Exception, config: str, arguments: Sequence[str]) -> str:
         key = text.split("Missing mandatory value:")[-1].strip().split()[0]
         return f"{key}: needs a value; give {key}=…"
     return text
+
+
+def refuse_dashes(config: str, arguments: Sequence[str]) -> None:
+    """Refuse ``--seed 1``, ``--seed=1`` and ``--plan``; the message shows the right form if there is such a setting.
+
+    Raises:
+        SettingsError: an argument has dashes and is not an option of Hydra.
+    """
+    found = find_dashes(arguments)
+    if found is None:
+        return
+    known = _list_settings(config, arguments)
+    if found.setting not in known:
+        raise SettingsError(
+            f"{found.written}: settings are written without dashes. {_explain_unknown(found.setting, known)}"
+        )
+    value = shlex.quote(found.value) if found.value else "true" if isinstance(known[found.setting], bool) else "…"
+    raise SettingsError(f"{found.written}: settings are written without dashes: {found.setting}={value}")
+
+
+def _list_settings(config: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The settings that a command has with the options in its arguments, and their values; places have None."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        tree = compose(config, _options(arguments), return_hydra_config=True)
+    places = {each for each in tree.hydra.runtime.choices if not each.startswith("hydra/")}
+    OmegaConf.set_struct(tree, False)
+    del tree.hydra
+    settings = flat(cast(dict[str, Any], OmegaConf.to_container(tree)))
+    return dict.fromkeys({name.split(".")[0] for name in settings} | places) | settings
+
+
+def _explain_unknown(key: str, known: Collection[str]) -> str:
+    """Say that there is no such setting, and advise the option that has it, or settings with similar names."""
+    options = _options_with(key)
+    if options:
+        part = key.partition(".")[0]
+        return (
+            f"{key}: a setting of {', '.join(f'{part}={option}' for option in options)}; give that too, such as "
+            f"{part}={options[0]} {key}=…"
+        )
+    near = nearest(key, known)
+    return f"{key}: unknown setting.{near if NEAR in near else ' With --help, the command lists all settings.'}"
 
 
 def _explain_absent(group: str, config: str, arguments: Sequence[str]) -> str:

@@ -8,11 +8,10 @@ mean the same.
 import argparse
 import os
 import re
-import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from dnpo.errors import SettingsError
 from dnpo.escape import say, tell
@@ -223,22 +222,34 @@ def _option(options: Mapping[str, argparse.Action], name: str, value: str, writt
         yield further
 
 
-def refuse_dashes(arguments: Sequence[str]) -> None:
-    """Refuse ``--seed 1``, ``--seed=1`` and ``--plan``; the message shows the right form.
+class Dashed(NamedTuple):
+    """An argument with dashes that is none of Hydra's options.
+
+    Attributes:
+        written: as it was given.
+        setting: its name as that of a setting.
+        value: its value; "" if it has none.
+    """
+
+    written: str
+    setting: str
+    value: str
+
+
+def find_dashes(arguments: Sequence[str]) -> Dashed | None:
+    """Find the first argument such as ``--seed 1``, ``--seed=1``, ``--plan`` or ``-j 2`` that Hydra does not know.
 
     Args:
         arguments: the arguments for Hydra.
-
-    Raises:
-        SettingsError: an argument has dashes and is not an option of Hydra.
     """
+    short = {name[:2] for name in HYDRA | HELP | VERSION if name[1] != "-"}  # also before a value, such as -cjob
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if not name.startswith("--") or name in HYDRA | HELP | VERSION or len(name) < 3:
+        known = name in HYDRA | HELP | VERSION if name.startswith("--") else name[:2] in short
+        if not name.startswith("-") or known or not name.strip("-"):
             continue
         following = arguments[place + 1 : place + 2]
         if not equals and following and "=" not in following[0] and not following[0].startswith("-"):
             value, argument = following[0], f"{argument} {following[0]}"
-        setting = name.lstrip("-").replace("-", "_")
-        better = f"{setting}={shlex.quote(value) if value else 'true'}"
-        raise SettingsError(f"{argument}: settings are written without dashes: {better}")
+        return Dashed(argument, name.lstrip("-").replace("-", "_"), value)
+    return None
