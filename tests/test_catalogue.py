@@ -62,6 +62,9 @@ def test_values_are_shown_in_the_unit() -> None:
 def test_families_and_variants_are_found() -> None:
     assert metric("eval/accuracy/facts").title == "Right greedy answers, facts"
     assert metric("texts/distinct_2_within").title == "Distinct 2-grams of a text"
+    assert metric("eval/pass_at_4").title == "Prompts with a right answer among 4 samples"
+    assert metric("against/eval/pass_at_1").title.startswith("Prompts with a right answer among 1 sample,")
+    assert metric("eval/accuracy/1 samples").title == "Right greedy answers, 1 samples"  # the user's own word
     second = metric("second/score")
     assert second.title == "Judge's score of sampled answers, second judge"
     assert (second.unit, second.digits, second.better) == ("points of 100", 1, "higher")

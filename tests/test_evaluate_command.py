@@ -140,6 +140,7 @@ def test_duels_in_words() -> None:
     told = "\n".join(describe_outcome(outcome(rows, True, 0), "judge=x"))
     assert "Duels under judge=x: wins 100.0 % (100.0 to 100.0), ties 0.0 %" in told
     assert "p = 0.25; 3 duels on 3 prompts" in told
+    assert "1 duel on 1 prompt" in "\n".join(describe_outcome(outcome(rows[:1], False, 0), "judge=x"))
     assert "differ by 8.0 points" in told
     assert "at the same length: all differences in length are 4" in told
     assert "note: 1 of 4 duels lack a score and are left out" in told

@@ -306,7 +306,7 @@ def split(train: Sequence[Prompt], validation: Sequence[Prompt] = (), test: Sequ
 
 def test_ids() -> None:
     fires(rows.ids(split(PLAIN)), "pass", "8 rows")
-    fires(rows.ids(split(PLAIN, [], [row("a"), row("b"), row("a", "Other?")])), "stop", "1 ids", "test", "'a'")
+    fires(rows.ids(split(PLAIN, [], [row("a"), row("b"), row("a", "Other?")])), "stop", "1 id in", "test", "'a'")
 
 
 def test_duplicates() -> None:
@@ -355,7 +355,7 @@ def test_prompts_of_the_iterations_are_counted() -> None:
     (found,) = rows.used(plans(seeded, seeded, All()), paired)
     fires(found, "warn", "use 36, 2 and 40; in iteration 1 the prompts do not fill one policy step", "seed_pairs=share")
     (found,) = rows.used(plans(All(), Fresh(shares=[1])), some)
-    fires(found, "stop", "prompts.shares=[1]: has 1 parts, but iterations=2 needs 2", "prompts=…")
+    fires(found, "stop", "prompts.shares=[1]: has 1 part, but iterations=2 needs 2", "prompts=…")
 
 
 def test_iterations_on_given_pairs_need_some() -> None:

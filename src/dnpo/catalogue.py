@@ -533,8 +533,14 @@ def _in_families(groups: Iterable[MetricGroup], name: str) -> Iterator[tuple[Met
             pattern = f"{re.escape(before)}({open_part}){re.escape(rest[1])}" if rest else ""
             match = re.fullmatch(pattern, name, re.DOTALL) if rest else None
             if match:
-                title, label = (text.replace(f"<{rest[0]}>", match[1]) for text in (family.title, family.label))
+                title, label = (_fill_in(text, rest[0], match[1]) for text in (family.title, family.label))
                 yield replace(family, name=name, title=title, label=label), group
+
+
+def _fill_in(text: str, placeholder: str, word: str) -> str:
+    """Replace ``<placeholder>`` by the word; after 1, the noun is in the singular."""
+    text = re.sub(rf"(<{placeholder}> \w+)s\b", r"\1", text) if word == "1" else text
+    return text.replace(f"<{placeholder}>", word)
 
 
 def _in_variants(groups: Iterable[MetricGroup], name: str) -> Iterator[tuple[Metric, MetricGroup]]:

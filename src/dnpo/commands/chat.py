@@ -11,6 +11,7 @@ from dnpo.commands.grammar import Parser, parse, program
 from dnpo.commands.sample import add_sampling, announce_policies, chosen, open_policies
 from dnpo.errors import DnpoError
 from dnpo.escape import for_terminal, say, tell
+from dnpo.wording import plural
 
 GAP = 3  # columns between two responses
 LEAST = 90  # columns that a terminal needs to show two responses side by side
@@ -83,7 +84,7 @@ def _talk(given: argparse.Namespace) -> None:
             for turn, response in zip(turns, responses, strict=True)
         ]
         notes = [
-            f"{r.tokens} tokens, log p {r.logprob:.1f}".replace("-", "−") + ", cut" * (r.finish == "length")
+            f"{plural(r.tokens, 'token')}, log p {r.logprob:.1f}".replace("-", "−") + ", cut" * (r.finish == "length")
             for r in responses
         ]
         if not isinstance(judge, str):

@@ -23,7 +23,7 @@ from dnpo.commands.train import check_device, pass_gate
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.settings import Count, Natural, build, check, check_values, part_key
 from dnpo.store import Verify
-from dnpo.wording import fixed
+from dnpo.wording import fixed, plural
 
 if TYPE_CHECKING:
     from dnpo.running.console import Console
@@ -329,7 +329,7 @@ def _group(name: str) -> str:
 def describe_outcome(outcome: "DuelOutcome", judge: str) -> list[str]:
     """Return lines that describe the result of the duels."""
     won = outcome.wins
-    duels = f"{won.duels:,} duels on {won.prompts:,} prompts"
+    duels = f"{plural(won.duels, 'duel')} on {plural(won.prompts, 'prompt')}"
     lines = [
         "",
         f"Duels under {judge}: wins {_share(won.win)}, ties {_share(won.tie)}, losses {_share(won.lose)}",

@@ -12,6 +12,7 @@ from typing import Any
 
 from dnpo.errors import SettingsError
 from dnpo.settings import accepts, is_part, locate
+from dnpo.wording import plural
 
 
 def settings_at(name: str, value: Any, k: int, iterations: int) -> Any:
@@ -49,8 +50,8 @@ def value_at(name: str, values: Sequence[Any], k: int, iterations: int) -> Any:
         raise SettingsError(f"{name}=[]: expected one value an iteration, or a single one")
     if len(values) > iterations:
         raise SettingsError(
-            f"{name}: has {len(values)} values, one an iteration, but the run has iterations={iterations}; expected no "
-            "more values than that"
+            f"{name}: has {plural(len(values), 'value')}, one an iteration, but the run has iterations={iterations}; "
+            "expected no more values than that"
         )
     return values[min(k, len(values) - 1)]
 

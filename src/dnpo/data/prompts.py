@@ -14,6 +14,7 @@ from dnpo.errors import DataError, SettingsError
 from dnpo.records import Prompt
 from dnpo.settings import Fraction, Positive
 from dnpo.tables import take, values
+from dnpo.wording import plural
 
 SeedPairs = Literal["all", "share"]
 
@@ -137,8 +138,8 @@ class Fresh:
             beside = " in addition to the seed" if self.seed_share else ""
             needed = iterations - bool(self.seed_share)
             raise SettingsError(
-                f"prompts.shares={self.shares}: has {len(self.shares)} parts{beside}, but iterations={iterations} "
-                f"needs {needed}; add shares, or run at most {parts} iterations"
+                f"prompts.shares={self.shares}: has {plural(len(self.shares), 'part')}{beside}, but "
+                f"iterations={iterations} needs {needed}; add shares, or run at most {plural(parts, 'iteration')}"
             )
 
     def __call__(self, prompts: Sequence[Prompt], k: int) -> Sequence[Prompt]:
@@ -152,7 +153,8 @@ class Fresh:
         if not parts[k]:
             raise DataError(
                 f"prompts.shares={self.shares}: {len(prompts):,} training prompts ({_count(prompts):,} different "
-                f"conversations) leave none for iteration {k} of {len(parts)} parts; take more rows, or fewer parts"
+                f"conversations) leave none for iteration {k} of {plural(len(parts), 'part')}; take more rows, or "
+                "fewer parts"
             )
         return parts[k]
 

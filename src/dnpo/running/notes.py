@@ -16,6 +16,7 @@ from dnpo.running import best
 from dnpo.stats.overoptimised import LEARNS_FROM, describe_overoptimisation
 from dnpo.stats.table import markdown
 from dnpo.tracking.client import strip_password
+from dnpo.wording import plural
 
 if TYPE_CHECKING:
     from dnpo.report.comparison import MeasureComparison
@@ -255,7 +256,9 @@ def describe_sweep(
     """
     done = jobs - len(failed)
     head = (
-        f"**Complete**: all {jobs} jobs finished." if not failed else f"**Incomplete**: {done} of {jobs} jobs finished."
+        f"**Complete**: {plural(jobs, 'job')} finished."
+        if not failed
+        else f"**Incomplete**: {done} of {plural(jobs, 'job')} finished."
     )
     lines = [f"### sweep {escape(name)}", "", head]
     if groups is not None and groups.groups:

@@ -20,6 +20,7 @@ from dnpo.escape import for_markdown, for_markdown_code
 from dnpo.running.card import SavedPolicy, shorten_paths
 from dnpo.running.export import CARD
 from dnpo.running.secrets import KEY, PASSWORD, QUERY
+from dnpo.wording import plural
 
 PAIRS = "pairs.jsonl"
 TRAINED_ON = ("curriculum", "pairs", "optimise")  # stages with the pairs of an iteration; a live training makes its own
@@ -73,7 +74,7 @@ def push(
             with pairs.open(encoding="utf-8") as stream:
                 rows = sum(1 for _ in stream)
             (aside / CARD).write_text(shorten_paths(_card_of_pairs(policy, rows)), encoding="utf-8")
-            folders.append(("dataset", aside, f"the {rows:,} pairs it was trained on, and their card"))
+            folders.append(("dataset", aside, f"the {plural(rows, 'pair')} it was trained on, and their card"))
         for _, each, _ in folders:
             _search(each, repo)
         with _explained(repo, api.endpoint):

@@ -25,6 +25,7 @@ from dnpo.stages.plan import Facts, Plan, Run, Task
 from dnpo.stages.rollouts import ROLLOUTS, Responder, as_response, as_verdict, gather, make_responder
 from dnpo.store import write_json
 from dnpo.tables import read, read_all, write
+from dnpo.wording import plural
 
 if TYPE_CHECKING:
     from dnpo.evaluate import Held
@@ -221,7 +222,7 @@ def train_on_pairs(
     responder = make_responder(run, plan, task, train, writer, judge if plan.dsl.needs_scores else None)
     source = PairSource(responder, plan, judge, frozen, task.folder)
     if plan.dsl.needs_scores:
-        task.report.note(f"{responder.total:,} rollouts; at most {source.most:,} responses are judged")
+        task.report.note(f"{plural(responder.total, 'rollout')}; at most {plural(source.most, 'response')} to judge")
     with closing(responder):
         trained = preference.optimise_live(
             policy,
@@ -333,7 +334,7 @@ def train_on_responses(
     learn: Any = plan.objective
     responder = make_responder(run, plan, task, train, policy, judge)
     total = responder.total
-    task.report.note(f"{total:,} rollouts; {responder.most:,} responses are judged")
+    task.report.note(f"{plural(total, 'rollout')}; {plural(responder.most, 'response')} to judge")
     with closing(responder):
         history, tokens = learn.train(
             policy,

@@ -187,7 +187,9 @@ class _Round:
                 # a reply without counted tokens is not a completion: the server may need a moment
                 reason, wait = answer.reason, 0.0 if answer.tokens_in else pause(replies)
                 if replies >= limits.max_replies:
-                    self._give_up(question, replace(answer, reason=f"{reason} ({replies} replies)"))
+                    self._give_up(
+                        question, replace(answer, reason=f"{reason} ({replies} repl{'y' if replies == 1 else 'ies'})")
+                    )
                     return
                 self.ledger.note_cost(question, answer)
             elif outcome.stop:

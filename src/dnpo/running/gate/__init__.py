@@ -11,6 +11,7 @@ from dnpo.running.gate import chain
 from dnpo.running.gate.finding import Finding, Level
 from dnpo.stages.plan import Iteration, Run
 from dnpo.store import Store
+from dnpo.wording import plural
 
 __all__ = ["Finding", "Level", "gate", "show"]
 
@@ -62,6 +63,5 @@ def show(console: Console, findings: Sequence[Finding], everything: bool) -> Non
         console.table(table, fold=True)
     levels = [finding.level for finding in findings]
     counts = {word: levels.count(level) for level, word in WORDS.items() if level in levels}
-    others = "".join(f", {count} {word}{'s' * (count > 1)}" for word, count in counts.items())
-    passed = levels.count("pass")
-    console.say(f"{passed} check{'s' * (passed != 1)} passed{others}")
+    others = "".join(f", {plural(count, word)}" for word, count in counts.items())
+    console.say(f"{plural(levels.count('pass'), 'check')} passed{others}")

@@ -13,6 +13,7 @@ from dnpo.errors import DnpoError
 from dnpo.records import Prompt
 from dnpo.running.gate.finding import Finding, refuse
 from dnpo.tables import values
+from dnpo.wording import plural
 
 if TYPE_CHECKING:
     from dnpo.stages.plan import Plan
@@ -38,7 +39,7 @@ def ids(rows: Rows) -> Finding:
     for split, some in rows.items():
         twice = [name for name, count in Counter(values(some, "id")).items() if count > 1]
         if twice:
-            text = f"{len(twice):,} ids belong to more than one {split} row, the first is {twice[0]!r}"
+            text = f"{plural(len(twice), 'id')} in more than one {split} row, the first is {twice[0]!r}"
             return Finding("ids", "stop", text, "the ids in the data")
     return Finding("ids", "pass", f"each of {sum(map(len, rows.values())):,} rows has a unique id")
 
@@ -213,7 +214,10 @@ def overlap(rows: Rows) -> list[Finding]:
             findings.append(Finding(name, "pass", f"none of {of} is the same or nearly so (likeness {LIKE} or more)"))
     both = len(conversations["validation"] & conversations["test"])
     if both:
-        text = f"{both:,} prompts are in validation and in test: settings would be chosen on prompts that are reported"
+        text = (
+            f"{plural(both, 'prompt')} in both validation and test: settings would be chosen on prompts that are "
+            "reported"
+        )
         findings.append(Finding("validation and test", "warn", text, "the data"))
     else:
         findings.append(Finding("validation and test", "pass", "validation and test share no prompt"))
