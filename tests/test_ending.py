@@ -237,7 +237,7 @@ def test_a_job_reports_its_number_in_the_sweep_and_the_remaining_time(tmp_path: 
     ("choice", "shown"),
     [
         ({}, "score 22.3 → 20.0"),
-        ({"best": {"iteration": 0, "by": "eval/accuracy", "value": 0.5}, "kept": 1}, "accuracy 10.0% → 50.0%"),
+        ({"best": {"iteration": 0, "by": "eval/accuracy", "value": 0.5}, "kept": 1}, "accuracy 10.0 → 50.0 %"),
     ],
 )
 def test_a_job_of_a_sweep_ends_with_a_line_and_its_warnings(

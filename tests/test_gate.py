@@ -314,7 +314,7 @@ def test_duplicates() -> None:
     said = rows.duplicates(PLAIN, False, {"equal_to_earlier": 3, "repeated": 0})
     fires(said, "pass", "left out before: 3 equal to earlier")
     twice = [*PLAIN, replace(PLAIN[0], id="again"), replace(PLAIN[1], id="other answer", human="It is 9.")]
-    fires(rows.duplicates(twice, False, {}), "warn", "1 of 10", "10.0%", "data")
+    fires(rows.duplicates(twice, False, {}), "warn", "1 of 10", "10.0 %", "data")
     fires(rows.duplicates(twice, True, {}), "pass", "1 of 10", "draws with replacement")
 
 
@@ -330,10 +330,10 @@ def test_pairs_and_ratings_are_counted() -> None:
     (pairs,) = rows.pairs([*some, *PLAIN[3:]])
     fires(pairs, "pass", "3 of 8 training rows have a pair", "0 a rating")
     rated = [replace(each, human_score=4.0, rejected_score=2.0 * i) for i, each in enumerate(some)]
-    fires(rows.pairs(rated)[1], "pass", "of 3 pairs with two ratings 1 have equal ones, and in 0 (0.0%) the rejected")
+    fires(rows.pairs(rated)[1], "pass", "of 3 pairs with two ratings 1 have equal ones, and in 0 (0.0 %) the rejected")
     pairs, ratings = rows.pairs([*rated, replace(some[0], id="odd", human_score=-1.0, rejected_score=0.0), *PLAIN])
     fires(pairs, "pass", "4 of 12 training rows have a pair, 4 a rating")
-    fires(ratings, "warn", "in 1 (25.0%) the rejected response has the higher one; the first is odd", "data.columns")
+    fires(ratings, "warn", "in 1 (25.0 %) the rejected response has the higher one; the first is odd", "data.columns")
     (alone,) = rows.pairs([replace(each, human_score=1.0) for each in PLAIN])
     fires(alone, "pass", "0 of 8 training rows have a pair, 8 a rating")
 
@@ -370,7 +370,7 @@ def test_many_removed_rows_are_reported_with_examples() -> None:
     fires(rows.removed({"repeated": 0, "near_earlier": 0}, [], 9), "pass", "0 of 9 rows")
     fires(rows.removed({"repeated": 0, "near_earlier": 9}, ["b is like a"], 91), "pass", "9 of 100 rows")
     counts = {"near_earlier": 4, "equal_to_earlier": 6}
-    fires(rows.removed(counts, ["b is like a", "d is like c"], 90), "warn", "10.0%", "b is like a; d is like c")
+    fires(rows.removed(counts, ["b is like a", "d is like c"], 90), "warn", "10.0 %", "b is like a; d is like c")
 
 
 def test_unread_columns_are_reported() -> None:
@@ -410,7 +410,7 @@ def test_overlap() -> None:
     near = rows.overlap(split(train, held[:2], [*held[2:], row("near", f"Please {long}")]))
     fires(near[1], "warn", "1 of 3 test prompts", "near and sky", "data.near_duplicates")
     both = rows.overlap(split(train, held[:2], held[1:]))
-    fires(both[2], "warn", "1 prompts")
+    fires(both[2], "warn", "1 prompt in")
 
 
 @pytest.mark.parametrize(("context", "said"), [(64, "context of 64 tokens leaves none"), (40, "context of 40 tokens")])
@@ -480,7 +480,7 @@ def test_lengths() -> None:
         said,
         "warn",
         "1 of 4 train rows have too long a prompt",
-        "25.0%",
+        "25.0 %",
         "1 have too long a response and are cut",
         "max_prompt",
     )

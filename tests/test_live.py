@@ -210,7 +210,7 @@ def test_the_progress_shows_the_sources_text_if_there_is_one() -> None:
         running.group(0)
         assert isinstance(running.report, Report)
         told.append(running.report.words)
-    assert told == ["rollout 1 · buffer 4 · 0% stale", "rollout 1 · buffer 4 · 0% stale · 3 responses judged"]
+    assert told == ["rollout 1 · buffer 4 · 0 % stale", "rollout 1 · buffer 4 · 0 % stale · 3 responses judged"]
 
 
 def test_each_pass_responds_to_every_prompt_once_in_a_new_order() -> None:

@@ -413,6 +413,7 @@ def test_the_command(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for part in ("longer response chosen", "center", "judge=reward judge.path=out"):
         assert part in out
     assert re.search(r"held-out accuracy +[\d.]+ % \(95 % interval [\d.]+ to [\d.]+\), training [\d.]+ %", out)
+    assert not re.search(r"\d%", out), "one style: a space before %"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out", "p.jsonl"]
     assert Reward(path="out", device="cpu").weights.folder == tmp_path / "out"
     wrong = {

@@ -1,10 +1,13 @@
 """Numbers as readers see them."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 
-from dnpo.wording import decimals, fixed, interval
+import dnpo
+from dnpo.wording import decimals, fixed, interval, percent
 
 
 def test_a_number_that_is_shown_as_zero_has_no_sign() -> None:
@@ -15,6 +18,13 @@ def test_a_number_that_is_shown_as_zero_has_no_sign() -> None:
     assert fixed(-1.25, 2) == "−1.25"
     assert fixed(12345.6, 1, signed=True) == "+12,345.6"
     assert (fixed(20.0, 0, signed=True), fixed(20.0, 0)) == ("+20", "20")
+
+
+def test_a_percentage_has_a_space_before_its_sign_in_every_message() -> None:
+    assert (percent(0.935), percent(0.004, 0)) == ("93.5 %", "0 %")
+    python_style = re.compile(r":,?(\.\d)?%\}")  # writes 93.5%
+    files = Path(dnpo.__file__).parent.rglob("*.py")
+    assert [file.name for file in files if python_style.search(file.read_text(encoding="utf-8"))] == []
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,11 @@ def fixed(value: float, digits: int, signed: bool = False) -> str:
     return ("+" if signed and value > 0 and text.strip("0.") else "") + text.replace("-", "−")
 
 
+def percent(share: float, digits: int = 1) -> str:
+    """Format a share in percent, such as ``12.5 %``."""
+    return f"{fixed(100 * share, digits)} %"
+
+
 def decimals(size: float, least: int = 0) -> int:
     """How many decimals show two digits of a size if they are under 36, otherwise one; at least ``least``.
 

@@ -15,6 +15,7 @@ from dnpo.errors import DataError, StoreError
 from dnpo.optimise.steps import Idle, Slice, Some, Steps
 from dnpo.seeding import derive
 from dnpo.store import Report
+from dnpo.wording import percent
 
 Row = TypeVar("Row")
 Made = TypeVar("Made", covariant=True)
@@ -230,7 +231,7 @@ class LiveSteps(Steps[Row, Some]):
         """Show the rollouts, the buffer and the stale rows next to the progress of the policy steps."""
         notes, room = self.notes, self.clock.capacity
         fill = f"{len(self.buffer):,} of {room:,}" if room else f"{len(self.buffer):,}"
-        words = [f"rollout {len(self.rollouts):,}", f"buffer {fill}", f"{notes['rollout/stale']:.0%} stale"]
+        words = [f"rollout {len(self.rollouts):,}", f"buffer {fill}", f"{percent(notes['rollout/stale'], 0)} stale"]
         more = self.source.describe(len(self.rollouts) - 1)
         self.report.status(" · ".join([*words, more] if more else words))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from dnpo.catalogue import metric
 from dnpo.running import best as choosing
-from dnpo.running.console import BEST, LABEL, Console, compact_table, format_cell
+from dnpo.running.console import BEST, LABEL, Console, compact_table
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.prompts import by_prompt, change, loss_by_prompt, mean
 
@@ -125,7 +125,9 @@ def describe_reached(summary: Mapping[str, Any]) -> str:
     rows = summary["table"]
     by = summary["choice"]["best"]["by"] if "choice" in summary else choosing.default_metric(rows)
     ends = [row for number, row in enumerate(rows) if number in (0, choosing.kept(summary))]
-    return f"{metric(by).label} {' → '.join(format_cell(row.get(by), metric(by)) for row in ends)}"
+    shown = metric(by)
+    values = ("–" if row.get(by) is None else shown.format(row[by]) for row in ends)
+    return f"{shown.label} {' → '.join(values)}{' %' * (shown.unit == '%')}"
 
 
 def list_places(where: Mapping[str, object], pages: Sequence[str], shown: Path | None = None) -> list[str]:

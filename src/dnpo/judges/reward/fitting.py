@@ -33,7 +33,7 @@ from dnpo.policy.model import device_of
 from dnpo.policy.weights import Weights
 from dnpo.seeding import derive
 from dnpo.settings import Bound, Count, Natural, NonNegative, Positive
-from dnpo.wording import plural
+from dnpo.wording import fixed, percent, plural
 
 WARMUP, CLIP, RESAMPLES = 0.05, 1.0, 2000
 Row = tuple[list[Ids], list[Ids]]  # the chosen and the rejected response, each with its conversation
@@ -312,16 +312,16 @@ def _write(model: Rewards, facts: dict[str, Any], seen: Sequence[str], folder: P
 def _describe(facts: dict[str, Any]) -> str:
     fitted = facts["fit"]
 
-    def percent(name: str) -> str:
-        low, high = (100 * end for end in fitted[f"{name}_95"])
-        return f"{100 * fitted[name]:.1f} % (95 % interval {low:.1f} to {high:.1f})"
+    def share(name: str) -> str:
+        low, high = fitted[f"{name}_95"]
+        return f"{percent(fitted[name])} (95 % interval {fixed(100 * low, 1)} to {fixed(100 * high, 1)})"
 
     lines = [
-        f"held-out accuracy      {percent('accuracy')}, training {100 * fitted['training_accuracy']:.1f} %",
-        f"longer response chosen {percent('longer_is_chosen')}, the judge by length",
+        f"held-out accuracy      {share('accuracy')}, training {percent(fitted['training_accuracy'])}",
+        f"longer response chosen {share('longer_is_chosen')}, the judge by length",
         f"center {facts['center']:.4g}, scale {facts['scale']:.4g}: the middle half of held-out rewards spreads over "
         "25-75 points",
     ]
     if fitted["too_long"]:
-        lines.append(f"left out as too long   {fitted['too_long']:,} pairs")
+        lines.append(f"left out as too long   {plural(fitted['too_long'], 'pair')}")
     return "\n".join(lines)

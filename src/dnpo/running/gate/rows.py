@@ -13,7 +13,7 @@ from dnpo.errors import DnpoError
 from dnpo.records import Prompt
 from dnpo.running.gate.finding import Finding, refuse
 from dnpo.tables import values
-from dnpo.wording import plural
+from dnpo.wording import percent, plural
 
 if TYPE_CHECKING:
     from dnpo.stages.plan import Plan
@@ -53,7 +53,7 @@ def duplicates(train: Sequence[Prompt], by_design: bool, removed: Mapping[str, i
         removed: how many rows the source has left out already, by reason.
     """
     exact = len(train) - len({_hash(row, row.human) for row in train})
-    share = f"({exact / max(len(train), 1):.1%})"
+    share = f"({percent(exact / max(len(train), 1))})"
     what = f"{exact:,} of {len(train):,} training rows repeat{'s' * (exact == 1)} another word for word {share}"
     if not exact:
         gone = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in removed.items() if count)
@@ -74,7 +74,7 @@ def removed(counts: Mapping[str, int], examples: Sequence[str], left: int) -> Fi
     """
     gone = sum(counts.values())
     total = gone + left
-    text = f"{gone:,} of {total:,} rows are removed as duplicates ({gone / max(total, 1):.1%})"
+    text = f"{gone:,} of {total:,} rows are removed as duplicates ({percent(gone / max(total, 1))})"
     if examples:
         text += f"; {'; '.join(examples)}"
     many = bool(gone) and gone >= MUCH * total
@@ -126,7 +126,7 @@ def pairs(train: Sequence[Prompt]) -> list[Finding]:
         against = [name for name, gap in above.items() if gap < 0]
         equal = sum(not gap for gap in above.values())
         text = f"of {len(above):,} pairs with two ratings {equal:,} have equal ones, and in {len(against):,} "
-        text += f"({len(against) / len(above):.1%}) the rejected response has the higher one"
+        text += f"({percent(len(against) / len(above))}) the rejected response has the higher one"
         such = f"; the first is {against[0]}" if against else ""
         setting = "data.columns if these are no ratings of the responses, or the data"
         found.append(Finding("ratings", "warn" if against else "pass", text + such, setting))
@@ -276,8 +276,8 @@ def lengths(
     about = f"the longest prompt has {most[0]:,} tokens of {longest:,}, the longest response {most[1]:,} of {limit:,}"
     if too_long or over:
         text = (
-            f"{too_long:,} of {of} have too long a prompt and are dropped ({too_long / count:.1%}); {over:,} have too "
-            f"long a response and are {'dropped' if drop else 'cut'} ({over / count:.1%}); {about}"
+            f"{too_long:,} of {of} have too long a prompt and are dropped ({percent(too_long / count)}); {over:,} have "
+            f"too long a response and are {'dropped' if drop else 'cut'} ({percent(over / count)}); {about}"
         )
         return Finding(name, "warn", text, setting)
     return Finding(name, "pass", f"nothing of {of} is dropped or cut; {about}")
