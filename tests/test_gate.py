@@ -24,12 +24,13 @@ from dnpo.generate import Sampling
 from dnpo.judges import Canary, Judge
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.asked.openai import OpenAI
+from dnpo.judges.augment import Augmentation
 from dnpo.judges.exact.code import UnitTests
 from dnpo.judges.exact.rules import Rules
 from dnpo.judges.off import NoJudge
 from dnpo.loop import chain
 from dnpo.optimise.npo import SilentModule, TrainableModule
-from dnpo.optimise.parts import PairOptimisation
+from dnpo.optimise.parts import Optimisation, PairOptimisation
 from dnpo.policy.base import Scratch
 from dnpo.policy.lora import Lora
 from dnpo.policy.model import Policy
@@ -41,7 +42,7 @@ from dnpo.running.console import Console
 from dnpo.running.gate import chain as chain_check
 from dnpo.running.gate import gate, judge, machine, needs, rows, show, text
 from dnpo.running.gate.finding import OWN_ERROR, Finding, refuse
-from dnpo.settings import conf_folder
+from dnpo.settings import Bound, conf_folder
 from dnpo.stages.plan import Iteration, Run
 from dnpo.store import Store
 from dnpo.store.manifests import seal
@@ -356,6 +357,42 @@ def test_prompts_of_the_iterations_are_counted() -> None:
     fires(found, "warn", "use 36, 2 and 40; in iteration 1 the prompts do not fill one policy step", "seed_pairs=share")
     (found,) = rows.used(plans(All(), Fresh(shares=[1])), some)
     fires(found, "stop", "prompts.shares=[1]: has 1 part, but iterations=2 needs 2", "prompts=…")
+
+
+def test_rows_for_fine_tuning_leave_some_for_the_iterations() -> None:
+    some = [row(str(i), f"What is {i} plus 2?") for i in range(8)]
+    assert rows.apart(some, 0) == ({"sft": some, "train": some}, [])
+    parts, found = rows.apart(some, 3)
+    assert (len(parts["sft"]), len(parts["train"]), found) == (3, 5, [])
+    (found,) = rows.apart(some, 8)[1]
+    fires(found, "stop", "sft_rows=8: expected fewer than the 8 training rows", "sft_rows, or the data")
+
+
+def test_a_share_held_out_of_a_training_has_rows_and_leaves_some() -> None:
+    some = [row(str(i), f"What is {i} plus 2?") for i in range(40)]
+
+    def held(prompts: Any, **settings: Any) -> list[Finding]:
+        return rows.held_out(
+            [("trainer", PairOptimisation(optimizer=Bound("torch.optim.SGD", {}), **settings), prompts)]
+        )
+
+    assert held(some, holdout=1e-6) == []
+    (found,) = held(some, keep="best", holdout=0.2)
+    fires(found, "pass", "trainer.holdout: holds out", "of 40 prompts")
+    (found,) = held(some, keep="best", holdout=1e-6)
+    fires(found, "stop", "trainer.holdout=1e-06: holds out 0 of 40 rows", "trainer.holdout, or the data")
+    assert found.refusal.startswith("trainer.holdout=1e-06: holds out 0")
+    (found,) = held(some[:2], patience=2, holdout=0.999999)
+    fires(found, "stop", "trainer.holdout=0.999999: holds out 2 of 2 rows")
+
+
+def test_data_that_cannot_teach_a_judge_are_refused() -> None:
+    some = [row(str(i), f"What is {i} plus 2?") for i in range(4)]
+    lesson = Augmentation(optimisation=Optimisation(optimizer=Bound("torch.optim.SGD", {})), rows=4, labels="given")
+    fires(rows.lessons(lesson, some), "stop", "augment.labels=given: no row has a rejected response", "the data")
+    fires(rows.lessons(lesson, [*some[1:], replace(some[0], rejected="No.")]), "pass", "augment.labels=given needs")
+    wordless = [replace(each, answer=None) for each in some]
+    fires(rows.lessons(replace(lesson, labels="rules"), wordless), "stop", "augment.labels=rules", "4 of 4 have none")
 
 
 def test_iterations_on_given_pairs_need_some() -> None:

@@ -427,7 +427,7 @@ def test_only_rows_set_apart_are_fine_tuned_on(tmp_path: Path) -> None:
     assert paired == [row for row in rest if row in set(paired)]
     assert len(paired) + identical == len(rest)
     refused = sweep(tmp_path, "sft_rows=192", "tracking=off", "seed=0")
-    assert "sft_rows=192: " in refused.stderr
+    assert "the run does not begin. sft_rows=192: " in refused.stderr
 
 
 @pytest.mark.long

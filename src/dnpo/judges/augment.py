@@ -88,6 +88,19 @@ class Augmentation:
         Raises:
             DataError: there are none.
         """
+        self.check(prompts)
+        known = score_pairs(prompts, points) if self.labels == "rules" else given_pairs(prompts)
+        if not known:
+            raise self._refusal("no two responses to one conversation have different scores")
+        order = random.Random(derive(seed, "augment")).sample(range(len(known)), min(len(known), self.rows // 2))
+        return [known[i] for i in order]
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse data that lack what ``labels`` reads.
+
+        Raises:
+            DataError: a prompt has no verifiable answer, or none has a rejected response.
+        """
         if self.labels == "rules":
             without = [prompt.id for prompt in prompts if prompt.answer is None]
             if without:
@@ -96,17 +109,13 @@ class Augmentation:
                     f"{len(prompts):,} have none, the first is {without[0]}; augment.labels=given takes the data's own "
                     "pairs"
                 )
-            known = score_pairs(prompts, points)
-            lack = "no two responses to one conversation have different scores"
-        else:
-            known = given_pairs(prompts)
-            lack = "no row has a rejected response"
-        if not known:
-            raise DataError(
-                f"augment.labels={self.labels}: {lack}, so there is nothing to teach a judge; take augment=off"
-            )
-        order = random.Random(derive(seed, "augment")).sample(range(len(known)), min(len(known), self.rows // 2))
-        return [known[i] for i in order]
+        elif all(prompt.rejected is None for prompt in prompts):
+            raise self._refusal("no row has a rejected response")
+
+    def _refusal(self, lack: str) -> DataError:
+        return DataError(
+            f"augment.labels={self.labels}: {lack}, so there is nothing to teach a judge; take augment=off"
+        )
 
     def make_rows(self, policy: "Policy", pairs: Sequence[Gold]) -> list[JudgeRow]:
         """Each pair in both orders, without questions that are longer than the policy's context."""

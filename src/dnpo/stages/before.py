@@ -56,7 +56,7 @@ def prepare(run: Run, plan: None, task: Task) -> Facts:
     policy = run.model.load(task.folder / "model", None, "cpu")
     task.report.begin(sum(map(len, rows.values())), "prompts")
     if run.sft_rows:
-        rows = {**rows, **_set_apart(rows["train"], run.sft_rows)}
+        rows = {**rows, **set_apart(rows["train"], run.sft_rows)}
     for split, these in rows.items():
         facts[split] = _encode(run, policy, these, split, task.folder, task.report)
         if "sources" in facts:
@@ -64,8 +64,12 @@ def prepare(run: Run, plan: None, task: Task) -> Facts:
     return facts
 
 
-def _set_apart(rows: Sequence[Prompt], count: int) -> dict[str, Sequence[Prompt]]:
-    """Set ``count`` rows apart for fine-tuning, chosen by a hash of their ids; the iterations get the others."""
+def set_apart(rows: Sequence[Prompt], count: int) -> dict[str, Sequence[Prompt]]:
+    """Set ``count`` rows apart for fine-tuning, chosen by a hash of their ids; the iterations get the others.
+
+    Raises:
+        SettingsError: the iterations would get none.
+    """
     if count >= len(rows):
         raise SettingsError(f"sft_rows={count}: expected fewer than the {len(rows):,} training rows")
     ids = column(rows, "id")

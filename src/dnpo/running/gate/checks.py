@@ -6,9 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dnpo.data.curriculum import NoCurriculum
 from dnpo.errors import ModelError
 from dnpo.judges import Judge
 from dnpo.policy.model import Policy
+from dnpo.records import Prompt
 from dnpo.running.gate import judge, measures, needs, rows, text
 from dnpo.running.gate.finding import Finding, refuse
 from dnpo.running.gate.machine import Counts
@@ -33,7 +35,7 @@ def check(
         data: the rows of every split.
         facts: what the source reported when it read them.
     """
-    found = _rows(run, data, facts)
+    found = [*_rows(run, data, facts), *_divided(run, iterations, todo, data["train"])]
     try:
         with _base(run, iterations[0].prompts, data, store) as folder:
             policy = run.model.outline(folder)
@@ -78,7 +80,6 @@ def _rows(run: Run, data: rows.Rows, facts: Mapping[str, Any]) -> list[Finding]:
     return [
         judge.labels_of_run(run, data),
         *([judge.measuring(run.judge, data[measured], measured)] if scored and run.eval.judge is not None else []),
-        *rows.used(run.plans, data["train"]),
         *([judge.second(other, data[measured], measured)] if other.gives_scores else []),
         judge.judge_prompts(run.judge.prompts_seen, data[measured], measured),
         rows.ids(data),
@@ -88,6 +89,24 @@ def _rows(run: Run, data: rows.Rows, facts: Mapping[str, Any]) -> list[Finding]:
         rows.near_duplicates(data["train"], redrawn),
         *rows.overlap(data),
     ]
+
+
+def _divided(
+    run: Run, iterations: Sequence[Iteration], todo: Sequence[Stage], train: Sequence[Prompt]
+) -> list[Finding]:
+    """Check settings that divide the training rows, so that no stage is left without rows."""
+    parts, found = rows.apart(train, run.sft_rows)
+    found += rows.used(run.plans, parts["train"])
+    if any(finding.level == "stop" for finding in found):
+        return found
+    ahead = [plan for plan, each in zip(run.plans, iterations[1:], strict=True) if each.policy in todo]
+    trainings = [("sft", run.sft, parts["sft"])] if iterations[0].policy in todo else []
+    # a curriculum may add pairs of earlier iterations, whose prompts can be any
+    of = [(p, p.prompts(parts["train"], p.k) if isinstance(p.curriculum, NoCurriculum) else train) for p in ahead]
+    found += rows.held_out([*trainings, *(("trainer", plan.trainer, prompts) for plan, prompts in of)])
+    if run.augment is not None and iterations[0].taught in todo and iterations[0].taught is not iterations[0].policy:
+        found.append(rows.lessons(run.augment, parts["train"]))
+    return found
 
 
 def _users_rows(facts: Mapping[str, Any], count: int) -> list[Finding]:

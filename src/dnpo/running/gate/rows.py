@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dnpo.data import SPLITS
@@ -10,12 +10,16 @@ from dnpo.data.duplicates import near, repeats
 from dnpo.data.mix import describe_sources
 from dnpo.data.unusable import list_reasons
 from dnpo.errors import DnpoError
+from dnpo.optimise.held import divide
 from dnpo.records import Prompt
 from dnpo.running.gate.finding import Finding, refuse
+from dnpo.stages.before import set_apart
 from dnpo.tables import values
 from dnpo.wording import percent, plural
 
 if TYPE_CHECKING:
+    from dnpo.judges.augment import Augmentation
+    from dnpo.optimise.parts import Optimisation
     from dnpo.stages.plan import Plan
 
 Rows = Mapping[str, Sequence[Prompt]]
@@ -163,6 +167,48 @@ def used(plans: "Sequence[Plan]", train: Sequence[Prompt]) -> list[Finding]:
         text += f"; in iteration {', '.join(map(str, few))} the prompts do not fill one policy step"
     setting = "prompts.shares; pairs=share and seed_pairs=share if nearly all rows have pairs; or the data"
     return [*found, Finding("prompts", "warn" if few else "pass", text, setting)]
+
+
+def apart(train: Sequence[Prompt], count: int) -> tuple[Rows, list[Finding]]:
+    """The rows for fine-tuning (``sft``) and for the iterations (``train``); a finding if the latter get none.
+
+    Args:
+        count: the setting ``sft_rows``; 0: both use all rows.
+    """
+    both = {"sft": train, "train": train}
+    try:
+        return (set_apart(train, count) if count else both), []
+    except DnpoError as error:
+        return both, [refuse("sft_rows", error, "sft_rows, or the data")]
+
+
+def held_out(trainings: "Iterable[tuple[str, Optimisation, Sequence[Prompt]]]") -> list[Finding]:
+    """Check that trainings which hold rows out have some to measure, and some to train on.
+
+    Args:
+        trainings: the settings' name and the settings of each, and the prompts of its rows or more.
+    """
+    found = [_held_out(f"{name}.holdout", how, list(values(prompts, "id"))) for name, how, prompts in trainings]
+    stops = [each for each in found if each is not None and each.level == "stop"]
+    return stops[:1] or list({each.name: each for each in found if each is not None}.values())
+
+
+def _held_out(setting: str, how: "Optimisation", ids: Sequence[str]) -> Finding | None:
+    try:
+        _, held = divide(lambda: ids, range(len(ids)), how, setting.partition(".")[0])
+    except DnpoError as error:
+        return refuse(setting, error, f"{setting}, or the data")
+    text = f"holds out {len(held):,} of {plural(len(ids), 'prompt')}"
+    return Finding(setting, "pass", text) if how.measures else None
+
+
+def lessons(augment: "Augmentation", train: Sequence[Prompt]) -> Finding:
+    """Check that the data have what a judge is to be taught from."""
+    try:
+        augment.check(train)
+    except DnpoError as error:
+        return refuse("augment", error, "augment.labels, or the data")
+    return Finding("augment", "pass", f"the data have what augment.labels={augment.labels} needs")
 
 
 def near_duplicates(train: Sequence[Prompt], by_design: bool) -> Finding:
