@@ -45,7 +45,10 @@ def gate(
 
 
 def show(console: Console, findings: Sequence[Finding], everything: bool) -> None:
-    """Show the findings on the screen, and the checks that pass only if ``everything`` is true."""
+    """Show the warnings on the screen, the checks that pass if ``everything`` is true, and how many there are of each.
+
+    What stops the run is not among the lines: it is the error that follows.
+    """
     from rich.text import Text
 
     from dnpo.screen import ScreenTable
@@ -53,9 +56,9 @@ def show(console: Console, findings: Sequence[Finding], everything: bool) -> Non
     table = ScreenTable(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for no_wrap in (True, True, False):
         table.add_column(no_wrap=no_wrap)
-    colours = {"pass": "green", "warn": "yellow", "stop": "red"}
+    colours = {"pass": "green", "warn": "yellow"}
     for finding in findings:
-        if everything or finding.level != "pass":
+        if finding.level == "warn" or (everything and finding.level == "pass"):
             change = f" → {finding.setting}" if finding.setting and finding.level != "pass" else ""
             mark = Text(finding.level, style=colours[finding.level])
             table.add_row(mark, finding.name, finding.text + change)
