@@ -226,6 +226,9 @@ def test_duels_against_another_model_people_and_itself(trained: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"Duels under judge=rules: wins \S+ % \(\S+ to \S+\), ties .*losses ", done.stdout)
     assert "at the same length" in done.stdout
+    assert done.stdout.count("checks passed") == 1
+    for title in ("model · weights ", "against · weights ", "model · evaluate ", "against · evaluate "):
+        assert title in done.stdout
     found = results(trained / "a")
     (first,) = [
         r for r in json.loads((trained / "run" / "summary.json").read_text())["table"] if r["iteration"] == "SFT"

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from dnpo.catalogue import AGAINST, metric
 from dnpo.commands import common as command
-from dnpo.commands.train import check_device, pass_gate
+from dnpo.commands.train import check_device, settle
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.settings import Count, Natural, build, check, check_values, part_key
 from dnpo.store import Verify
@@ -189,7 +189,7 @@ def _measure(
         rows = {}
         for name, iteration in iterations.items():
             for stage in iteration.stages:
-                _get(stage, store, console, "" if name == OURS else "against · ")
+                _get(stage, store, console, f"{name} · " if THEIRS in iterations else "")
             rows[name] = read_metrics(iteration, store)
             _keep(running.rows_behind(iteration, store), name, tracking, folder)
         outcome = None
@@ -231,14 +231,20 @@ def _lay_out(
 ) -> "dict[str, Iteration]":
     """Lay out the stages for each model, and refuse models that fail the checks of a run."""
     from dnpo.loop import chain
+    from dnpo.running.gate import Finding, gate
 
     store.open(console.say)
     iterations: dict[str, Iteration] = {}
+    findings: list[Finding] = []
     for name, run in runs.items():
         with nullcontext() if name == OURS else _name_setting("against", top["against"]):
             (iterations[name],) = chain(run)
             store.check(iterations[name].stages, console.say)
-            pass_gate(run, [iterations[name]], store, console, False, top["threads"])
+            found = gate(run, [iterations[name]], store, prepare=lambda: command.prepare_torch(top["threads"]))
+        # what is found for both models alike is shown once
+        further = [finding for finding in found if finding not in findings]
+        findings += [replace(each, name=f"{name} · {each.name}") for each in further] if name == THEIRS else further
+    settle(findings, console, everything=False)
     return iterations
 
 
@@ -263,7 +269,7 @@ def _duels(runs: "Mapping[str, Run]", iterations: "Mapping[str, Iteration]") -> 
 
 def _get(stage: "Stage", store: "Store", console: "Console", prefix: str) -> None:
     """Compute a stage unless it is cached. Here the ``sft`` stage is the given model, untrained."""
-    title = prefix + ("the model" if stage.name == "sft" else stage.title)
+    title = prefix + ("weights" if stage.name == "sft" else stage.title)
     if store.has(stage):
         console.report_reuse(title, stage.key)
         return

@@ -29,6 +29,7 @@ from dnpo.settings import check as check_part
 if TYPE_CHECKING:
     from dnpo.running.best import KeptPolicy
     from dnpo.running.console import Console
+    from dnpo.running.gate import Finding
     from dnpo.running.launch import Launch
     from dnpo.stages.plan import Iteration, Run
     from dnpo.store import Compute, Store
@@ -396,12 +397,23 @@ def pass_gate(
     Raises:
         SettingsError: a finding stops the run.
     """
-    from dnpo.running.gate import gate, show
+    from dnpo.running.gate import gate
     from dnpo.running.gate.tracking import check_tracking
 
     findings = gate(run, iterations, store, everything, lambda: command.prepare_torch(threads))
     if everything and tracking is not None:
         findings.append(check_tracking(tracking))
+    settle(findings, console, everything)
+
+
+def settle(findings: "Sequence[Finding]", console: "Console", everything: bool) -> None:
+    """Show the findings of the gate.
+
+    Raises:
+        SettingsError: a finding stops the run.
+    """
+    from dnpo.running.gate import show
+
     show(console, findings, everything)
     stops = [finding.refusal for finding in findings if finding.level == "stop"]
     if stops:
