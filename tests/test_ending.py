@@ -393,6 +393,27 @@ def test_the_bar_is_one_line_that_leaves_out_whole_parts(width: int, monkeypatch
     )
 
 
+@pytest.mark.parametrize(
+    ("there", "shown"),
+    [
+        ({0}, ["1/4 a stored already (a)", "2/4 b done", "3/4 c done", "4/4 d done"]),
+        ({0, 1, 3}, ["the first 2 of 4 stages are stored already", "3/4 c done", "4/4 d stored already (d)"]),
+        ({0, 1, 2, 3}, ["all 4 stages are stored already"]),
+    ],
+)
+def test_one_line_says_that_the_first_stages_are_stored(there: set[int], shown: list[str]) -> None:
+    console, out = terminal(80)
+    console.begin(["label"] * 4, there)
+    for number, title in enumerate("abcd"):
+        if number in there:
+            console.report_reuse(title, title)
+        else:
+            with console.stage(title, lambda rows, total: None):
+                pass
+    lines = [" ".join(line.split()).partition(" in ")[0] for line in plain(out)]
+    assert [line for line in lines if "stored" in line or "done" in line] == shown
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_line_of_a_finished_stage_continues_below_its_numbers(width: int) -> None:
     console, out = terminal(width)

@@ -104,16 +104,24 @@ class Console:
         self.rich = RichConsole(width=width, highlight=False, soft_wrap=True, emoji=False)
         self._kinds: Sequence[str] = ()
         self._place = 0
+        self._announced = 0  # number of the first stages that one line says are stored
         self._took: dict[str, float] = {}
 
     def begin(self, kinds: Sequence[str], there: Collection[int]) -> None:
         """Number the stages of a run from now on, and forecast the time that is left.
+
+        If the first stages are stored already, one line says so for all of them.
 
         Args:
             kinds: the kind of each stage, such as ``generate``, in the order in which they are computed.
             there: numbers of the stages that are stored already, which take no time.
         """
         self._kinds, self._place = ["" if number in there else kind for number, kind in enumerate(kinds)], 0
+        first = next((number for number in range(len(kinds)) if number not in there), len(kinds))
+        self._announced = first if first > 1 else 0
+        if self._announced:
+            which = f"all {first}" if first == len(kinds) else f"the first {first} of {len(kinds)}"
+            self.tell(f"  {which} stages are stored already")
 
     def _number(self) -> str:
         """The number of the current stage in the run; empty outside a run."""
@@ -215,9 +223,10 @@ class Console:
         self._finish(title, report.summary())
 
     def report_reuse(self, title: str, key: str) -> None:
-        """Print that a stage was found in the store."""
+        """Print that a stage was found in the store, unless the line for the first stages has said it."""
         self._place += 1
-        self._finish(title, f"stored already ({key})")
+        if self._place > self._announced:
+            self._finish(title, f"stored already ({key})")
 
     def _finish(self, title: str, text: str) -> None:
         head = f"  {self._number()}{title:<{WIDE}} "
