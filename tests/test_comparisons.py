@@ -548,6 +548,15 @@ def test_numbers_are_formatted_alike() -> None:
     assert (rows[2]["low"], rows[2]["p_holm"]) == ("", "")
 
 
+@pytest.mark.parametrize(
+    ("half", "text"),
+    [(0.04, "9.60 ± 0.04"), (0.004, "9.600 ± 0.004"), (0.06, "9.6 ± 0.1"), (0.0, "9.6 ± 0.0"), (1e-15, "9.6 ± 0.0")],
+)
+def test_an_interval_is_not_shown_as_zero_unless_it_has_no_width(half: float, text: str) -> None:
+    (row,) = table({"a": {"x": cell(9.6, half=half)}}).rows
+    assert [shown and shown.text for shown in row.shown] == [text]
+
+
 def test_columns_can_be_set_off_at_the_end() -> None:
     loss = Cell(Estimate(0.5, 0.4, 0.6), mark="†")
     found = table({"r": {"loss": loss, "score": cell(1.0, p=0.01)}}, digits={"loss": 3, "score": 1}, beside=["loss"])

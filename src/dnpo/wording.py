@@ -1,6 +1,7 @@
 """Numbers, and words that depend on a number, as readers see them."""
 
 import math
+from collections.abc import Iterable
 
 LONG = 8  # maximum number of characters of a number that is shown unchanged
 
@@ -49,10 +50,15 @@ def interval(value: float, low: float | None, high: float | None, least: int = 0
     """
     if low is None or high is None:
         return fixed(value, least, signed)
-    needed = decimals((high - low) / 2, least)
-    enough = (n for n in range(needed, needed + 3) if not (_vanishes(low, n) or _vanishes(high, n)))
-    digits = next(enough, needed)
+    digits = visible((low, high), decimals((high - low) / 2, least))
     return f"{fixed(value, digits, signed)} ({fixed(low, digits, signed)} to {fixed(high, digits, signed)})"
+
+
+def visible(values: Iterable[float], least: int) -> int:
+    """How many decimals, ``least`` or up to two more, show no number as 0 but 0 itself; ``least`` if none do."""
+    some = tuple(values)
+    enough = (n for n in range(least, least + 3) if not any(_vanishes(value, n) for value in some))
+    return next(enough, least)
 
 
 def _vanishes(value: float, digits: int) -> bool:

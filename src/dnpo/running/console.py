@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -17,7 +18,7 @@ from rich.text import Text
 from dnpo.catalogue import Metric, metric
 from dnpo.escape import fold, for_terminal
 from dnpo.screen import ScreenTable
-from dnpo.wording import duration, per_second, plural
+from dnpo.wording import duration, per_second, plural, visible
 
 NARROW = 79  # characters: the width of the table that a run ends with
 COMPACT = (  # metrics of that table, the most important ones first; those that do not fit are left out
@@ -400,18 +401,18 @@ def _compact(
     for column in shown:
         table.add_column(column.label, justify="right", no_wrap=True)
     for number, row in enumerate(rows):
-        cells = [
-            format_cell(row.get(column.name), column) + _around(column, around.get(column.name), number)
-            for column in shown
-        ]
+        cells = [_with_interval(row.get(each.name), each, around.get(each.name), number) for each in shown]
         style = "bold" if number == best else None
         table.add_row(BEST if number == best else "", str(row["iteration"]), *cells, style=style)
     return table
 
 
-def _around(column: Metric, halves: Sequence[float | None] | None, number: int) -> str:
+def _with_interval(value: float | None, column: Metric, halves: Sequence[float | None] | None, number: int) -> str:
     half = halves[number] if halves else None
-    return "" if half is None else f" ±{column.format(half)}"
+    if half is None:
+        return format_cell(value, column)
+    finer = replace(column, digits=visible([column.scale * half], column.digits))
+    return f"{format_cell(value, finer)} ±{finer.format(half)}"
 
 
 def format_cell(value: float | None, column: Metric) -> str:

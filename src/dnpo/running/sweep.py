@@ -21,7 +21,7 @@ from dnpo import __version__
 from dnpo.catalogue import Metric, metric
 from dnpo.errors import DnpoError
 from dnpo.escape import for_terminal, say, tell
-from dnpo.wording import duration, plural
+from dnpo.wording import duration, fixed, plural, visible
 
 if TYPE_CHECKING:
     from dnpo.report.comparison import Items, MeasureComparison
@@ -236,8 +236,11 @@ def _format(shown: Metric, values: Sequence[float]) -> str:
 
     if not values:
         return "–"
-    spread = f" ± {shown.format(statistics.stdev(values) / shown.scale)}" if len(values) > 1 else ""
-    return shown.format(statistics.fmean(values) / shown.scale) + spread
+    if len(values) == 1:
+        return fixed(values[0], shown.digits)
+    spread = statistics.stdev(values)
+    digits = visible([spread], shown.digits)
+    return f"{fixed(statistics.fmean(values), digits)} ± {fixed(spread, digits)}"
 
 
 def _show_comparison(compared: "Sequence[MeasureComparison]") -> None:

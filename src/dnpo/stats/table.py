@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from dnpo.escape import for_csv, for_latex, for_markdown
 from dnpo.stats.intervals import LEVEL, Estimate
 from dnpo.stats.significance import holm
-from dnpo.wording import fixed
+from dnpo.wording import fixed, visible
 
 ALPHA = 0.05
 LONGEST_HEADING = 14  # letters in a line of LaTeX
@@ -102,7 +102,8 @@ def table(
 
     Args:
         cells: cells by row and column.
-        digits: number of decimals, one for all columns or one for each.
+        digits: number of decimals, one for all columns or one for each; a cell has up to two more if half of its
+            interval would be shown as 0 otherwise.
         scale: factor for the numbers shown, likewise one or one for each column; 100 shows shares in percent.
         beside: columns to move to the end and set off.
 
@@ -137,6 +138,7 @@ def with_words(table: Table, words: Mapping[str, Mapping[str, str]]) -> Table:
 
 def _format_cell(cell: Cell, adjusted: float | None, digits: int, scale: float) -> Shown:
     estimate = cell.estimate
+    digits = visible([] if estimate.half is None else [scale * estimate.half], digits)
     number = fixed(scale * estimate.value, digits, cell.signed)
     half = "" if estimate.half is None else format(abs(scale) * estimate.half, f",.{digits}f")
     sides = None
