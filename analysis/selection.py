@@ -14,7 +14,7 @@ from dnpo.errors import DataError, DnpoError
 from dnpo.report.groups import is_branch, is_off, starts
 from dnpo.tracking.earlier import TARGET, knows
 from dnpo.tracking.neutral import find_neutral
-from dnpo.tracking.reading import FINISHED, SFT, Database, TrackedRun
+from dnpo.tracking.reading import FINISHED, SFT, Database, TrackedRun, describe_assumed
 from dnpo.wording import plural
 
 Iteration = int | str
@@ -380,7 +380,7 @@ def refuse_mixture(
             f"runs with different settings in one comparison: {'; '.join(lines)}{more}. Narrow the selection, for "
             f"example with tag={first}={value}{_explain_unknown(differing)}"
         )
-    return _say_assumed(assumed, {run.id: run for run in runs})
+    return describe_assumed(assumed, {run.id: run for run in runs})
 
 
 def _describe(name: str, among: Sequence[TrackedRun]) -> str:
@@ -404,18 +404,6 @@ def _explain_unknown(differing: Mapping[str, Sequence[TrackedRun]]) -> str:
     if not unknown:
         return ""
     return f". This version of dnpo does not know {', '.join(unknown)}: the version of the newest runs can compare them"
-
-
-def _say_assumed(assumed: Mapping[str, set[str]], runs: Mapping[str, TrackedRun]) -> list[str]:
-    """Notes on the settings that some runs did not record, one for each set of runs."""
-    together: dict[frozenset[str], list[str]] = {}
-    for name, ids in assumed.items():
-        value = runs[min(ids)].params[name]
-        together.setdefault(frozenset(ids), []).append(f"{name}={value}")
-    return [
-        f"{plural(len(ids), 'run')} from before these settings existed, with their defaults: {', '.join(found)}"
-        for ids, found in together.items()
-    ]
 
 
 def refuse_unlike(runs: Sequence[TrackedRun], name: Callable[[TrackedRun], str] | None = None) -> list[str]:

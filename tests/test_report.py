@@ -358,6 +358,18 @@ def test_runs_are_labelled_by_the_fewest_settings_and_a_rerun_counts_once(lab: L
     assert groups.missing == ("Left out, because a newer run has the same settings and seed: 2 runs.",)
 
 
+def test_settings_that_only_some_runs_recorded_are_named_once(lab: Lab) -> None:
+    part = {"sft._target_": "dnpo.optimise.parts.Optimisation"}
+    table = [{"iteration": 0, "eval/loss": 1.0}]
+    lab.run("a", table, seed=0, params=part, sweep="old")
+    assert "before these settings existed" not in lab.page("old")[0]
+    lab.run("b", table, seed=1, params={**part, "sft.keep": "last", "sft.patience": "0"}, sweep="old")
+    note = "1 run from before these settings existed, with their defaults: sft.keep=last, sft.patience=0."
+    text, _ = lab.page("old")
+    assert Page(sections(text)["settings"]).text.count(note) == 1
+    assert text.count("before these settings existed") == 1
+
+
 def sections(text: str) -> dict[str, str]:
     """The content below each heading, by the heading's id, and the part before the first one."""
     parts = re.split(r'<h2 id="(\w+)">', text.partition("<body>")[2])

@@ -1,6 +1,6 @@
 """Show where the numbers come from: settings, stages, time, versions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -10,7 +10,8 @@ from dnpo.report.page import strip_secrets
 from dnpo.settings import conf_folder, flat
 from dnpo.tracking.earlier import complete
 from dnpo.tracking.neutral import find_neutral
-from dnpo.tracking.reading import TrackedRun
+from dnpo.tracking.reading import TrackedRun, describe_assumed
+from dnpo.wording import sentence
 
 Setting = tuple[str, list[str], str]  # name, the runs' values, default
 UNDERSCORED = ("_target_", "_partial_")
@@ -35,7 +36,10 @@ def defaults(seed: int) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def settings(runs: Sequence[TrackedRun], groups: Groups) -> dict[str, Any]:
-    """Return the options and settings that differ from the defaults, and all others, each with the runs' values."""
+    """Return the options and settings that differ from the defaults, and all others, each with the runs' values.
+
+    ``assumed`` are sentences on settings that only some of the runs recorded.
+    """
     usual, options = defaults(runs[0].seed)
     chosen: list[Setting] = []
     changed: list[Setting] = []
@@ -53,7 +57,24 @@ def settings(runs: Sequence[TrackedRun], groups: Groups) -> dict[str, Any]:
         alike = all(_is_same(value, usual.get(name)) for value in values if value)
         hidden = seedlike or name.endswith(UNDERSCORED) or name in neutral
         (rest if alike or hidden or not usual else changed).append(row)
-    return {"varies": groups.varies, "chosen": chosen, "changed": changed, "rest": rest, "known": bool(usual)}
+    return {
+        "varies": groups.varies,
+        "chosen": chosen,
+        "changed": changed,
+        "rest": rest,
+        "known": bool(usual),
+        "assumed": _list_assumed(runs, neutral),
+    }
+
+
+def _list_assumed(runs: Sequence[TrackedRun], neutral: Collection[str]) -> list[str]:
+    """Sentences on settings that only some of the runs recorded, in the words of figures and claims."""
+    assumed: dict[str, set[str]] = {}
+    for name in sorted({name for run in runs for name in run.assumed}):
+        silent = {run.id for run in runs if name in run.assumed}
+        if len(silent) < len(runs) and name not in neutral and not name.endswith(UNDERSCORED):
+            assumed[name] = silent
+    return [sentence(note) for note in describe_assumed(assumed, {run.id: run for run in runs})]
 
 
 def _values(value: Any) -> list[str]:

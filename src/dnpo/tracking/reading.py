@@ -8,7 +8,7 @@ number, and the other columns are the metrics that ``running/execute.py`` gather
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
@@ -188,6 +188,23 @@ def read_stage_keys(uri: str) -> dict[str, set[str]]:
             keys = {value for name, value in tags.items() if name.startswith(STAGE)}
             found[f"{run.name} ({run.id[:8]})"] = keys
     return found
+
+
+def describe_assumed(assumed: Mapping[str, Set[str]], runs: Mapping[str, TrackedRun]) -> list[str]:
+    """Notes on settings that some runs did not record, one for each set of runs.
+
+    Args:
+        assumed: for each setting, the ids of these runs.
+        runs: all runs by id.
+    """
+    together: dict[frozenset[str], list[str]] = {}
+    for name, ids in assumed.items():
+        value = runs[min(ids)].params[name]
+        together.setdefault(frozenset(ids), []).append(f"{name}={value}")
+    return [
+        f"{plural(len(ids), 'run')} from before these settings existed, with their defaults: {', '.join(found)}"
+        for ids, found in together.items()
+    ]
 
 
 def iteration_name(iteration: int | str) -> str:
