@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dnpo.commands.train import build, pass_gate
+from dnpo.data.curriculum.prune import Prune
 from dnpo.data.prompts import All, Fresh
 from dnpo.data.seen import hash_conversation
 from dnpo.errors import DataError, JudgeError, ModelError, SettingsError
@@ -384,6 +385,13 @@ def test_a_share_held_out_of_a_training_has_rows_and_leaves_some() -> None:
     assert found.refusal.startswith("trainer.holdout=1e-06: holds out 0")
     (found,) = held(some[:2], patience=2, holdout=0.999999)
     fires(found, "stop", "trainer.holdout=0.999999: holds out 2 of 2 rows")
+
+
+def test_a_curriculum_has_pairs_for_its_clusters() -> None:
+    plan: Any = SimpleNamespace(curriculum=Prune(clusters=9), rollout=SimpleNamespace(samples=1))
+    assert rows.clusters(plan, 5) == []
+    (found,) = rows.clusters(plan, 4)
+    fires(found, "stop", "curriculum.clusters=9: there are only 8 different pairs", "curriculum.clusters, or the data")
 
 
 def test_data_that_cannot_teach_a_judge_are_refused() -> None:

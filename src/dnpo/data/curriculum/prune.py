@@ -97,6 +97,18 @@ class Prune(Curriculum):
 
             check_encoder(self.encoder, name="curriculum.encoder")
 
+    def check_pairs(self, most: int) -> None:
+        """Refuse more clusters than there can be pairs.
+
+        Raises:
+            SettingsError: names ``clusters``.
+        """
+        if self._clusters_rows and self.clusters is not None and self.clusters > most:
+            raise SettingsError(
+                f"curriculum.clusters={self.clusters}: there are only {most:,} different pairs to cluster; expected at "
+                "most as many clusters, or null for the square root of that number"
+            )
+
     def __call__(
         self, pairs: Sequence[Pair], history: Sequence[Sequence[Pair]], context: Context
     ) -> tuple[list[Pair], Counts]:
@@ -147,10 +159,6 @@ class Prune(Curriculum):
     def _cluster(self, embedding_NH: "Array", seed: int) -> "Clusters":
         from dnpo.data.curriculum.clusters import assign, find_centres
 
+        self.check_pairs(len(embedding_NH))
         count = self.clusters or max(round(len(embedding_NH) ** 0.5), 1)
-        if count > len(embedding_NH):
-            raise SettingsError(
-                f"curriculum.clusters={count}: there are only {len(embedding_NH):,} different pairs to cluster; "
-                "expected at most as many clusters, or null for the square root of that number"
-            )
         return assign(embedding_NH, find_centres(embedding_NH, count, self.rounds, seed))

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dnpo.data.curriculum import NoCurriculum
 from dnpo.errors import ModelError
 from dnpo.judges import Judge
+from dnpo.optimise.parts import Optimisation
 from dnpo.policy.model import Policy
 from dnpo.records import Prompt
 from dnpo.running.gate import judge, measures, needs, rows, text
@@ -100,10 +100,15 @@ def _divided(
     if any(finding.level == "stop" for finding in found):
         return found
     ahead = [plan for plan, each in zip(run.plans, iterations[1:], strict=True) if each.policy in todo]
-    trainings = [("sft", run.sft, parts["sft"])] if iterations[0].policy in todo else []
-    # a curriculum may add pairs of earlier iterations, whose prompts can be any
-    of = [(p, p.prompts(parts["train"], p.k) if isinstance(p.curriculum, NoCurriculum) else train) for p in ahead]
-    found += rows.held_out([*trainings, *(("trainer", plan.trainer, prompts) for plan, prompts in of)])
+    trainings: list[tuple[str, Optimisation, Sequence[Prompt]]] = []
+    if iterations[0].policy in todo:
+        trainings.append(("sft", run.sft, parts["sft"]))
+    for plan in ahead:
+        prompts = plan.prompts(parts["train"], plan.k)
+        found += [finding for finding in rows.clusters(plan, len(prompts)) if finding not in found]
+        # a curriculum may add pairs of earlier iterations, whose prompts can be any
+        trainings.append(("trainer", plan.trainer, parts["train"] if plan.curriculum.reads_history else prompts))
+    found += rows.held_out(trainings)
     if run.augment is not None and iterations[0].taught in todo and iterations[0].taught is not iterations[0].policy:
         found.append(rows.lessons(run.augment, parts["train"]))
     return found

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dnpo.data import SPLITS
+from dnpo.data.curriculum.prune import Prune
 from dnpo.data.duplicates import near, repeats
 from dnpo.data.mix import describe_sources
 from dnpo.data.unusable import list_reasons
@@ -200,6 +201,20 @@ def _held_out(setting: str, how: "Optimisation", ids: Sequence[str]) -> Finding 
         return refuse(setting, error, f"{setting}, or the data")
     text = f"holds out {len(held):,} of {plural(len(ids), 'prompt')}"
     return Finding(setting, "pass", text) if how.measures else None
+
+
+def clusters(plan: "Plan", prompts: int) -> list[Finding]:
+    """Check that a curriculum which clusters pairs can have as many as it needs.
+
+    Args:
+        prompts: number of the iteration's prompts; every response to one of them may be the chosen one of a pair.
+    """
+    if isinstance(plan.curriculum, Prune):
+        try:
+            plan.curriculum.check_pairs(prompts * (plan.rollout.samples + 1))
+        except DnpoError as error:
+            return [refuse("curriculum", error, "curriculum.clusters, or the data")]
+    return []
 
 
 def lessons(augment: "Augmentation", train: Sequence[Prompt]) -> Finding:
