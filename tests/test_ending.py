@@ -19,7 +19,7 @@ from dnpo.records import Item
 from dnpo.report.comparison import MeasureComparison, ReportMeasure
 from dnpo.running import console as module
 from dnpo.running.console import BEST, COMPACT, NARROW, Console, compact_table
-from dnpo.running.ending import sentences, show_briefly
+from dnpo.running.ending import find_intervals, sentences, show_briefly
 from dnpo.running.execute import show_job
 from dnpo.running.gate import Finding, show
 from dnpo.running.sweep import _gather, _show_comparison, _show_places, _show_spread, describe_place, name_job
@@ -52,7 +52,10 @@ def test_the_table_fits_any_terminal_for_all_measures(seed: int) -> None:
         }
         for k in range(4)
     ]
-    around = {"eval/score": [1.0, None, 22.2, 3.0], "eval/accuracy": [0.02] * 4}
+    halves = {"eval/score": [1.0, None, 22.2, 3.0], "eval/accuracy": [0.02] * 4}
+    around = {
+        name: [None if half is None else Estimate(0.0, -half, half) for half in by] for name, by in halves.items()
+    }
     text = printed(compact_table(rows, around, 2))
     lines = text.splitlines()
     assert max(map(len, (line.rstrip() for line in lines))) <= NARROW
@@ -104,6 +107,25 @@ def test_the_half_interval_equals_a_t_tests_over_prompts() -> None:
     found = mean(values[None])
     low, high = stats.t.interval(0.95, 29, values.mean(), stats.sem(values))
     assert (found.low, found.high) == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize("right", [0, 1, 2, 38, 39, 40])
+def test_the_interval_of_a_share_stays_between_0_and_1(right: int, tmp_path: Path) -> None:
+    """Few right answers of 40, and nearly all: a t interval would pass 0 or 1."""
+    answers = np.arange(40) < right
+    folder = items(tmp_path / "evaluation", np.full((40, 2), 50.0), answers)
+    (found,) = find_intervals([folder])["eval/accuracy"]
+    assert found is not None
+    assert found.value == pytest.approx(right / 40)
+    assert found.low is not None
+    assert found.high is not None
+    assert 0 <= found.low <= found.value <= found.high <= 1
+    assert found.low < found.high
+    n, z = 40, stats.t.ppf(0.975, 39)
+    if 0 < right < 40:
+        n = 39  # the effective number: the error has n − 1 in its denominator
+    centre = (right / 40 + z**2 / (2 * n)) / (1 + z**2 / n)
+    assert (found.low + found.high) / 2 == pytest.approx(centre, abs=2e-3)
 
 
 def test_results_by_prompt_are_means_over_scored_samples() -> None:

@@ -134,11 +134,14 @@ def compare(groups: Groups, measure: ReportMeasure, items: Items) -> MeasureComp
 def mean_of(group: Group, iteration: int | str, measure: ReportMeasure, items: Items) -> Estimate | None:
     """Return a group's mean after one iteration, over items and seeds, or over seeds alone if there are no items."""
     seeds = sorted(group.at(iteration))
+    share = measure.metric.unit == "%"
     by_item = matrix(group, iteration, seeds, measure, items)
     if by_item is not None:
-        return estimate(by_item)
+        return estimate(by_item, share)
     values = group.values(iteration, measure.metric.name)
-    return estimate(np.asarray([values])) if values else None
+    if not values:
+        return None
+    return estimate(np.asarray([values]), share) if np.ptp(values) else Estimate(values[0])
 
 
 def matrix(group: Group, iteration: int | str, seeds: list[int], measure: ReportMeasure, items: Items) -> Array | None:

@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +33,7 @@ MOST_TICKS = 8  # if a setting has more values, they are not all marked on the a
 WIDTH = 7.4  # inches: the column for notes on MLflow's page
 LETTER, LETTER_OF_TITLE = 0.08, 0.1  # inches: how wide letters of a legend and of a title are, with margins
 SHORT_LINE = 24  # letters of a line's name that fit into a third of the width
+NO_INTERVAL = Estimate(0.0)
 ONE_RUN = "One run: no interval."
 PROGRESS = ("eval/score", "second/score", "eval/accuracy", "eval/loss")  # metrics in the picture of a run's progress
 
@@ -56,23 +57,23 @@ def progress(
     path: Path,
     title: str,
     options: tuple[str, str],
-    around: Mapping[str, Sequence[float | None]] = MappingProxyType({}),
+    around: Mapping[str, Sequence[Estimate | None]] = MappingProxyType({}),
 ) -> None:
     """Draw the metrics of a run's policies over its iterations.
 
     Args:
         rows: the run's table.
-        around: by metric, half of each row's 95 % interval; None where there is none.
+        around: by metric, each row's estimate, for its interval; None where there is none.
         path: file to write.
         title: title of the figure.
         options: the options of dsl and npo.
     """
     panels = []
     for name in PROGRESS:
-        halves = around.get(name) or [None] * len(rows)
+        known = around.get(name) or [None] * len(rows)
         values = {
-            -1 if row["iteration"] == "SFT" else row["iteration"]: _estimate(row[name], half)
-            for row, half in zip(rows, halves, strict=True)
+            -1 if row["iteration"] == "SFT" else row["iteration"]: replace(found or NO_INTERVAL, value=row[name])
+            for row, found in zip(rows, known, strict=True)
             if name in row
         }
         if values:
@@ -80,10 +81,6 @@ def progress(
             panels.append(Panel(metric(name), {"": values}, human))
     note = "Bars: 95 % intervals over held-out prompts; another seed may give other numbers." if around else ONE_RUN
     over_iterations(panels, path, title, note, {"": METHODS.get(options, OTHER)})
-
-
-def _estimate(value: float, half: float | None) -> Estimate:
-    return Estimate(value) if half is None else Estimate(value, value - half, value + half)
 
 
 def over_iterations(

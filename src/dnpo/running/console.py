@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderResult
@@ -19,6 +19,9 @@ from dnpo.catalogue import Metric, metric
 from dnpo.escape import fold, for_terminal
 from dnpo.screen import ScreenTable
 from dnpo.wording import duration, per_second, plural, visible
+
+if TYPE_CHECKING:
+    from dnpo.stats.intervals import Estimate  # brings numpy, which the first line does not wait for
 
 NARROW = 79  # characters: the width of the table that a run ends with
 COMPACT = (  # metrics of that table, the most important ones first; those that do not fit are left out
@@ -375,12 +378,12 @@ def iteration_table(rows: Sequence[dict[str, Any]]) -> ScreenTable:
 
 
 def compact_table(
-    rows: Sequence[dict[str, Any]], around: Mapping[str, Sequence[float | None]], best: int | None
+    rows: Sequence[dict[str, Any]], around: Mapping[str, "Sequence[Estimate | None]"], best: int | None
 ) -> ScreenTable:
     """Build a run's table, one row per iteration, at most ``NARROW`` characters wide.
 
     Args:
-        around: by metric, half of each row's 95 % interval; None where there is none.
+        around: by metric, each row's estimate, for its interval; None where there is none.
         best: number of the row to mark; None for none.
     """
     shown = [metric(name) for name in COMPACT if any(row.get(name) is not None for row in rows)]
@@ -392,7 +395,7 @@ def compact_table(
 def _compact(
     rows: Sequence[dict[str, Any]],
     shown: Sequence[Metric],
-    around: Mapping[str, Sequence[float | None]],
+    around: Mapping[str, "Sequence[Estimate | None]"],
     best: int | None,
 ) -> ScreenTable:
     table = ScreenTable("Results by iteration")
@@ -407,8 +410,9 @@ def _compact(
     return table
 
 
-def _with_interval(value: float | None, column: Metric, halves: Sequence[float | None] | None, number: int) -> str:
-    half = halves[number] if halves else None
+def _with_interval(value: float | None, column: Metric, found: "Sequence[Estimate | None] | None", number: int) -> str:
+    estimate = found[number] if found else None
+    half = estimate.half if estimate else None
     if half is None:
         return format_cell(value, column)
     finer = replace(column, digits=visible([column.scale * half], column.digits))

@@ -36,7 +36,7 @@ def show_briefly(
     """
     by = by or choosing.default_metric(rows)
     results = read_results(evaluations)
-    around = {name: halves for name, halves in _halves(results).items() if name not in BARE}
+    around = {name: found for name, found in _intervals(results).items() if name not in BARE}
     best = find_best(rows, by)
     console.table(compact_table([dict(row) for row in rows], around, best))
     console.say("")
@@ -59,13 +59,17 @@ def find_gains(evaluations: Sequence[Path]) -> dict[str, Estimate]:
     return found
 
 
-def find_halves(evaluations: Sequence[Path]) -> dict[str, list[float | None]]:
-    """Compute, by metric, half of each policy's 95 % interval over prompts."""
-    return _halves(read_results(evaluations))
+def find_intervals(evaluations: Sequence[Path]) -> dict[str, list[Estimate | None]]:
+    """Compute, by metric, each policy's mean with its 95 % interval over prompts; None without results by prompt."""
+    return _intervals(read_results(evaluations))
 
 
-def _halves(results: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, list[float | None]]:
-    return {name: [_half(values) for values in by_policy] for name, by_policy in results.items() if any(by_policy)}
+def _intervals(results: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, list[Estimate | None]]:
+    return {
+        name: [mean(np.asarray([list(values.values())]), metric(name).unit == "%") if values else None for values in by]
+        for name, by in results.items()
+        if any(by)
+    }
 
 
 def find_best(rows: Sequence[Mapping[str, Any]], by: str) -> int | None:
@@ -156,10 +160,3 @@ def _read(evaluation: Path, name: str) -> dict[str, float]:
     if name == "eval/loss":
         return loss_by_prompt(pq.read_table(path, columns=["id", "kind", "tokens", column]))
     return by_prompt(pq.read_table(path, columns=["id", "kind", column]), kind, column)
-
-
-def _half(values: Mapping[str, float]) -> float | None:
-    if not values:
-        return None
-    found = mean(np.asarray([list(values.values())]))
-    return None if found.low is None or found.high is None else (found.high - found.low) / 2

@@ -20,7 +20,7 @@ from dnpo.judges.agreement import sentence
 from dnpo.records import mean_over_steps
 from dnpo.running import best, export, notes
 from dnpo.running.console import Console, iteration_table
-from dnpo.running.ending import describe_reached, find_gains, find_halves, list_places, show_briefly
+from dnpo.running.ending import describe_reached, find_gains, find_intervals, list_places, show_briefly
 from dnpo.running.samples import sample_table
 from dnpo.stages.agreement import read_agreement
 from dnpo.stages.files import count_labels
@@ -342,7 +342,7 @@ def _track_results(
     given = [each for each in overrides() if not each.startswith(("method=", "seed="))]
     title = ", ".join([chosen.get("method", "dnpo"), f"seed {summary['settings']['seed']}"])
     title += f": {' '.join(given)}" if given else ""
-    around = find_halves([find_items(iteration, store) for iteration in iterations])
+    around = find_intervals([find_items(iteration, store) for iteration in iterations])
 
     def draw(path: Path) -> None:
         from dnpo.report.drawing import progress
@@ -350,7 +350,8 @@ def _track_results(
         progress(rows, path, title, options, around)
 
     numbers = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
-    shown = [numbers, title, options, around]
+    ends = {name: [found and [found.low, found.high] for found in by_policy] for name, by_policy in around.items()}
+    shown = [numbers, title, options, ends]
     key = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
     _draw_once(store, key, draw, folder / PROGRESS)
     tracking.artifact(folder / PROGRESS)

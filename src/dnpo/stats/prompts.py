@@ -48,11 +48,17 @@ def loss_by_prompt(items: "pa.Table") -> dict[str, float]:
     return {id: -logprob / length for id, logprob in zip(rows["id"].to_pylist(), logprobs, strict=True)}
 
 
-def mean(x_SI: Array) -> Estimate:
-    """Estimate a mean over seeds and prompts (S × I); prompts without a value under some seed are left out."""
+def mean(x_SI: Array, share: bool = False) -> Estimate:
+    """Estimate a mean over seeds and prompts (S × I); prompts without a value under some seed are left out.
+
+    Args:
+        share: the values lie between 0 and 1, and so does the interval (Wilson's).
+    """
     whole = x_SI[:, ~np.isnan(x_SI).any(0)]
     found = estimate_mean(whole)
-    return Estimate(float(np.nanmean(x_SI))) if found is None else found.estimate()
+    if found is None:
+        return Estimate(float(np.nanmean(x_SI)))
+    return found.share(whole.shape[1]) if share else found.estimate()
 
 
 def change(after: dict[str, float], before: dict[str, float]) -> Comparison | None:
