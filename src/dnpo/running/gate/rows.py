@@ -11,7 +11,6 @@ from dnpo.data.duplicates import near, repeats
 from dnpo.data.mix import describe_sources
 from dnpo.data.unusable import list_reasons
 from dnpo.errors import DnpoError
-from dnpo.optimise.held import divide
 from dnpo.records import Prompt
 from dnpo.running.gate.finding import Finding, refuse
 from dnpo.stages.before import set_apart
@@ -195,12 +194,16 @@ def held_out(trainings: "Iterable[tuple[str, Optimisation, Sequence[Prompt]]]") 
 
 
 def _held_out(setting: str, how: "Optimisation", ids: Sequence[str]) -> Finding | None:
+    if not how.measures:
+        return None
+    from dnpo.optimise.held import divide  # brings torch, which a plan does not need
+
     try:
         _, held = divide(lambda: ids, range(len(ids)), how, setting.partition(".")[0])
     except DnpoError as error:
         return refuse(setting, error, f"{setting}, or the data")
     text = f"holds out {len(held):,} of {plural(len(ids), 'prompt')}"
-    return Finding(setting, "pass", text) if how.measures else None
+    return Finding(setting, "pass", text)
 
 
 def clusters(plan: "Plan", prompts: int) -> list[Finding]:
