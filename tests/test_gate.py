@@ -836,6 +836,28 @@ def test_gate_finds_errors_in_data_and_judge(tmp_path: Path) -> None:
     assert own.asked == 0
 
 
+@pytest.mark.parametrize(
+    ("of", "name", "setting"),
+    [
+        ("judge", "prompts of the judge", "judge.path"),
+        ("second_judge", "prompts of the second judge", "second_judge.path"),
+        ("eval", "prompts of the judge of evaluations", "eval.judge"),
+    ],
+)
+def test_a_judge_that_measures_may_not_know_the_prompts(tmp_path: Path, of: str, name: str, setting: str) -> None:
+    """Whichever judge's scores are reported, and only that one is named."""
+    run, iterations = laid_out()
+    fitted = Asked(Canary(True, "says 100"))
+    fitted.seen = {hash_conversation(run.data.read()[0]["test"][1].messages)}
+    if of == "eval":
+        run = replace(run, judge=fitted, eval=replace(run.eval, judge=fitted))
+    else:
+        run = replace(run, **{of: fitted})  # type: ignore[arg-type]
+    found = {f.name: f for f in gate(run, iterations, Store(tmp_path)) if f.name.startswith("prompts of")}
+    assert [each for each, f in found.items() if f.level == "warn"] == [name]
+    fires(found[name], "warn", f"the {name.removeprefix('prompts of the ')} was fitted on 1 of the", setting)
+
+
 def _limits(run: Run) -> dict[str, Any]:
     return {name: getattr(run.data, name) for name in ("max_prompt_tokens", "max_response_tokens")} | {
         "long_responses": "cut",

@@ -81,7 +81,7 @@ def _rows(run: Run, data: rows.Rows, facts: Mapping[str, Any]) -> list[Finding]:
         judge.labels_of_run(run, data),
         *([judge.measuring(run.judge, data[measured], measured)] if scored and run.eval.judge is not None else []),
         *([judge.second(other, data[measured], measured)] if other.gives_scores else []),
-        judge.judge_prompts(run.judge.prompts_seen, data[measured], measured),
+        *(judge.judge_prompts(of.prompts_seen, data[measured], measured, *names) for of, *names in _fitted(run)),
         rows.ids(data),
         *rows.pairs(data["train"]),
         *(_users_rows(facts, sum(map(len, data.values()))) if "unread" in facts else []),
@@ -89,6 +89,14 @@ def _rows(run: Run, data: rows.Rows, facts: Mapping[str, Any]) -> list[Finding]:
         rows.near_duplicates(data["train"], redrawn),
         *rows.overlap(data),
     ]
+
+
+def _fitted(run: Run) -> Iterator[tuple[Judge, str, str]]:
+    """The judges that measure, each with its name and the setting of its file."""
+    own = run.eval.judge is not None
+    yield (run.judge, "judge of evaluations", "eval.judge") if own else (run.judge, "judge", "judge.path")
+    if run.second_judge.gives_scores:
+        yield run.second_judge, "second judge", "second_judge.path"
 
 
 def _divided(

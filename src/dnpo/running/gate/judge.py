@@ -82,23 +82,28 @@ def models(plans: Sequence[Plan], policy: "Policy") -> list[Finding]:
     return [Finding("judge's model", "pass", "the judge can ask policies of this model")] if judges else []
 
 
-def judge_prompts(seen: Collection[str], held: Sequence[Prompt], split: str) -> Finding:
-    """Check that the judge was not fitted on prompts of the evaluation.
+def judge_prompts(
+    seen: Collection[str], held: Sequence[Prompt], split: str, who: str = "judge", setting: str = "judge.path"
+) -> Finding:
+    """Check that a judge was not fitted on prompts of the evaluation.
 
     Args:
         seen: :func:`hash_conversation` of the prompts that the judge was fitted on.
+        who: what to call the judge.
+        setting: the setting that names its file.
     """
+    name = f"prompts of the {who}"
     if not seen:
-        return Finding("prompts of the judge", "pass", "the judge was not fitted on any prompts")
+        return Finding(name, "pass", f"the {who} was not fitted on any prompts")
     both = [row for row in held if hash_conversation(row.messages) in seen]
     if both:
         text = (
-            f"the judge was fitted on {len(both):,} of the {len(held):,} {split} prompts, the first is {both[0].id}: "
+            f"the {who} was fitted on {len(both):,} of the {len(held):,} {split} prompts, the first is {both[0].id}: "
             "its scores on them are no evidence"
         )
-        return Finding("prompts of the judge", "warn", text, "judge.path, or eval.split")
-    text = f"none of the {len(seen):,} prompts that the judge was fitted on is among {len(held):,} {split} prompts"
-    return Finding("prompts of the judge", "pass", text)
+        return Finding(name, "warn", text, f"{setting}, or eval.split")
+    text = f"none of the {len(seen):,} prompts that the {who} was fitted on is among {len(held):,} {split} prompts"
+    return Finding(name, "pass", text)
 
 
 def canary(judge: Judge, ledger: Ledger) -> Finding:
