@@ -7,11 +7,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dnpo import interrupts
 from dnpo.errors import JudgeError
 from dnpo.judges import Judge, make_verdict
 from dnpo.judges.asked.ledger import Ledger
@@ -75,11 +77,19 @@ class Stuck(Judge):
         return []
 
 
+@contextmanager
+def _status_of_signals() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        sys.exit(interrupts.exit_status(interrupt))
+
+
 def main() -> None:
-    """Ask, and print how many responses have a score."""
+    """Ask, and print how many responses have a score; signals are handled as in a run."""
     base_url, folder, count = sys.argv[1:]
     judge = OpenAI(model="judge", base_url=base_url, concurrency=8, max_unscored=1.0)
-    with Ledger(Path(folder) / "ledger.sqlite", "run") as ledger:
+    with _status_of_signals(), interrupts.raised(), Ledger(Path(folder) / "ledger.sqlite", "run") as ledger:
         print("scored", sum(v.score is not None for v in judge(*rows(int(count)), ledger, Silence())))
 
 

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,69 @@ def test_a_signal_during_a_finalizer_is_not_lost(number: signal.Signals) -> None
         with pytest.raises(KeyboardInterrupt) as raised:
             finalize_and_wait()
         assert interrupts.exit_status(raised.value) == 128 + number
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_during_an_import_is_answered_after_it(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Libraries catch what is raised in their imports, or cannot be used afterwards."""
+    outer, inner = f"outer_{number.name}", f"inner_{number.name}"
+    (tmp_path / f"{outer}.py").write_text(f"try:\n    import {inner}\nexcept BaseException:\n    pass\nwhole = True\n")
+    signalled = f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(0.2)\nwhole = True\n"
+    (tmp_path / f"{inner}.py").write_text(signalled)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def load_and_wait() -> None:
+        import_module(outer)
+        time.sleep(5)
+
+    with interrupts.raised():
+        with pytest.raises(KeyboardInterrupt) as raised:
+            load_and_wait()
+        assert interrupts.exit_status(raised.value) == 128 + number
+    assert sys.modules[outer].whole
+    assert sys.modules[inner].whole
+    assert capfd.readouterr().err.count(f"{number.name}: the libraries are loaded first") == 1
+
+
+def test_a_second_ctrl_c_does_not_wait_for_an_import(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(30)\n")
+    code = "from dnpo import interrupts\nwith interrupts.raised():\n    import slow"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    while "Ctrl-C again ends it at once" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_that_compiled_code_turns_into_an_error_is_not_lost(number: signal.Signals) -> None:
+    def turn() -> None:
+        try:
+            send(number)
+        except KeyboardInterrupt:
+            raise ValueError("of the library") from None
+
+    with pytest.raises(KeyboardInterrupt) as raised, interrupts.raised():
+        turn()
+    assert interrupts.exit_status(raised.value) == 128 + number
+
+
+def test_an_error_long_after_a_signal_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a chat, in which Ctrl-C ends only an answer."""
+    with interrupts.raised():
+        with suppress(KeyboardInterrupt):
+            send(signal.SIGINT)
+        monkeypatch.setattr(interrupts, "JUST_AFTER", 0.0)
+        with pytest.raises(ValueError, match="another"), interrupts.raised():
+            raise ValueError("another")
 
 
 def test_other_exceptions_of_finalizers_are_reported_as_usual(capsys: pytest.CaptureFixture[str]) -> None:

@@ -442,18 +442,35 @@ def test_recorded_answers_are_not_asked_again_after_a_kill(tmp_path: Path) -> No
         assert stats["delivered"] - 600 <= lost
 
 
-def test_an_interrupt_waits_for_calls_in_flight(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_an_interrupt_waits_for_calls_in_flight(number: signal.Signals, tmp_path: Path) -> None:
     with judge_server(latency=0.4) as server:
         process = judging(server, tmp_path, 400)
         while server.stats()["attempts"] < 10:
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=30)
-        assert "KeyboardInterrupt" in err
+        assert f"{number.name}: replies on their way are paid for, so the run waits up to 10 s for them" in err
+        assert process.returncode == 128 + number, err
         stats = server.stats()
         with Ledger(tmp_path / "ledger.sqlite") as ledger:
             (row,) = ledger.rows()
             assert row["calls"] == stats["delivered"] == stats["attempts"] < 400
+
+
+def test_an_interrupt_is_answered_at_once_and_a_second_one_ends_the_wait(tmp_path: Path) -> None:
+    with judge_server(latency=60) as server:
+        process = judging(server, tmp_path, 400)
+        assert process.stderr is not None
+        while server.stats()["attempts"] < 8:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        while "Ctrl-C again ends it at once" not in process.stderr.readline():
+            assert process.poll() is None
+        sent = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert time.monotonic() - sent < 5, "it would have waited 10 seconds"
 
 
 # --- batches

@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if verb.module.startswith("analysis") and not {"-h", "--help"} & set(rest):  # its imports take seconds
             announce(" ".join([name, *rest]))
-        status = _function(verb.module)([*verb.before, *rest])
+        with interrupts.raised():
+            status = _function(verb.module)([*verb.before, *rest])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

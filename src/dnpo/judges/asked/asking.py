@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 LARGEST_REPLY = 1 << 20  # bytes; a verdict has a few hundred
+LATE = 10  # seconds; how long an interrupted round waits for replies
 WORKERS = 16  # per slot
 LOOK = 0.3  # seconds between checks of questions that other runs are asking
 MENDABLE = {400, 404, 405, 415, 422, 500, 501}  # statuses with which servers refuse a parameter
@@ -127,7 +128,7 @@ class _Round:
             raise
         finally:
             # Interrupted, stopped or done: replies in flight are paid for, so wait a moment for them.
-            _, late = await asyncio.wait(workers, timeout=10)
+            _, late = await asyncio.wait(workers, timeout=LATE)
             for worker in late:
                 worker.cancel()
         await asyncio.gather(*workers)

@@ -5,7 +5,6 @@ Answers are written to the ledger as they arrive, so no paid answer is lost. The
 are in ``endpoint.py``, parallel questions in ``asking.py``, the batch API in ``batch.py``.
 """
 
-import asyncio
 import json
 import os
 import re
@@ -16,10 +15,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from dnpo import interrupts
 from dnpo.connection import address_of, check_address, find_bad_key
 from dnpo.errors import SettingsError
 from dnpo.judges import Canary
-from dnpo.judges.asked.asking import Limits, ask_one_by_one, tell_swap
+from dnpo.judges.asked.asking import LATE, Limits, ask_one_by_one, tell_swap
 from dnpo.judges.asked.batch import ask_in_batches
 from dnpo.judges.asked.endpoint import Endpoint
 from dnpo.judges.asked.ledger import Ledger, Question
@@ -30,6 +30,7 @@ from dnpo.settings import Count, Finite, Positive, neutral, place
 from dnpo.store import Report
 
 OPENAI = "https://api.openai.com/v1"
+ENDING = f"replies on their way are paid for, so the run waits up to {LATE} s for them"
 CANARY_SECONDS = 30.0  # after this time without an answer the check fails
 SHOWN = 300  # characters of a reply
 # Fields that extra_body cannot set: they are part of the question, or have a setting.
@@ -252,7 +253,7 @@ class OpenAI(Prompted):
         )
         limits = replace(self.limits, deadline=min(self.deadline, CANARY_SECONDS))
         before = ledger.served(question)
-        reasons = asyncio.run(ask_one_by_one(self.endpoint, limits, [question], ledger, None, 1))
+        reasons = interrupts.run(ask_one_by_one(self.endpoint, limits, [question], ledger, None, 1), ENDING)
         reply = ledger.reply(question.key)
         shown = f"reply {reply[:SHOWN]!r}" if reply else "no reply"
         where = f"{self.model} at {self.base_url}"
@@ -289,12 +290,11 @@ class OpenAI(Prompted):
                 ledger has the answers so far.
         """
         if self.batch:
-            return asyncio.run(
-                ask_in_batches(
-                    self.endpoint, questions, ledger, report, seconds=self.batch_poll, max_cost=self.max_cost
-                )
+            asked = ask_in_batches(
+                self.endpoint, questions, ledger, report, seconds=self.batch_poll, max_cost=self.max_cost
             )
-        return asyncio.run(ask_one_by_one(self.endpoint, self.limits, questions, ledger, report, total))
+            return interrupts.run(asked, "batches go on at the server")
+        return interrupts.run(ask_one_by_one(self.endpoint, self.limits, questions, ledger, report, total), ENDING)
 
 
 def advise(reason: str, max_tokens: int) -> str:
