@@ -116,7 +116,7 @@ class MetricGroup:
 
 SFT = MetricVariant("sft/", "in fine-tuning", "SFT")
 AUGMENT = MetricVariant("augment/", "in the training of a judge by augment=…", "lessons")
-LIKE = MetricVariant("like/", "in the training whose noise npo=matched matches", "matched")
+LIKE = MetricVariant("like/", "in the training with noise that npo=matched imitates", "matched")
 ITERATION = MetricVariant("iteration/", "of an iteration as a whole", "iteration")
 AGAINST = MetricVariant("against/", "of the other model", "other model", needs="against=…")
 SECOND = MetricVariant("second/", "second judge", "2nd", of="eval/", needs="judge@second_judge=…")
@@ -284,8 +284,8 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("curriculum/earlier", "Pairs of earlier iterations trained on again", "earlier pairs", digits=0),
             Metric("curriculum/repeated", "Earlier pairs that a newer one repeats, left out", "repeated", digits=0),
             Metric("curriculum/short", "New pairs in place of missing earlier ones", "short", digits=0),
-            Metric("curriculum/moved", "Pairs that count as harder", "moved", digits=0),
-            Metric("curriculum/split", "Pairs that count as harder in part", "split", digits=0),
+            Metric("curriculum/moved", "Pairs treated as harder", "moved", digits=0),
+            Metric("curriculum/split", "Pairs treated as harder in part", "split", digits=0),
             Metric("curriculum/loss", "Mean loss of the pairs", "loss of pairs", "nats", 4),
             Metric("curriculum/worst_loss", "Mean loss under the worst distribution", "worst loss", "nats", 4),
             Metric("curriculum/duplicates", "Pairs that repeat another, left out", "duplicates", digits=0),
@@ -334,9 +334,9 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("npo/at_bound", "Variances near their bound", "at the bound", "%"),
             Metric("npo/shift", "Decrease of rejected responses' log p by noise", "noise shift", "nats", 3),
             Metric("suspects/confidence", "Confidence in labels", "confidence", "", 3),
-            Metric("suspects/share", "Labels doubtful by the extrapolated policy", "suspects", "%"),
-            Metric("suspects/share_plain", "Labels doubtful by the policy itself", "plain suspects", "%"),
-            Metric("suspects/share_both", "Labels doubtful both ways", "common suspects", "%"),
+            Metric("suspects/share", "Labels that the extrapolated policy doubts", "suspects", "%"),
+            Metric("suspects/share_plain", "Labels that the policy itself doubts", "plain suspects", "%"),
+            Metric("suspects/share_both", "Labels that both doubt", "common suspects", "%"),
             Metric("drift/states", "Drift of hidden states on chosen responses", "drift", "", 4, symbol="Δμ² / var"),
             Metric("rollout/reward", "Mean score of the responses of a rollout", "reward", "0-100", better="higher"),
             Metric("rollout/kl", "Divergence of rollouts from the reference", "rollout KL", "nats", 3),
