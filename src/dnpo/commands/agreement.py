@@ -96,6 +96,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
     from dnpo.stages import agreement
     from dnpo.store import manifest, write_json
     from dnpo.store.provenance import commit
+    from dnpo.tracking.paths import change_paths, last_part
 
     console, store = Console(), command.make_store(top)
     store.open(console.say)
@@ -125,7 +126,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
         # the present name of the file: the stage may have been computed from a copy with another name
         found |= {**manifest(store.folder(stage))["facts"], "data": data.path.name}
         points = json.loads((store.folder(stage) / agreement.POINTS).read_text())
-        write_json(folder / "agreement.json", {**found, "settings": everything})
+        write_json(folder / "agreement.json", {**found, "settings": change_paths(everything, last_part)})
         (folder / "agreement.md").write_text(table.markdown(found), encoding="utf-8")
         for ending in ("png", "svg"):
             draw(found, points, folder / f"agreement.{ending}")

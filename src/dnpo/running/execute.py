@@ -31,6 +31,7 @@ from dnpo.store.provenance import commit
 from dnpo.tables import GROUP
 from dnpo.tracking import RUNNING
 from dnpo.tracking import datasets as inputs
+from dnpo.tracking.paths import change_paths, from_here
 from dnpo.tracking.reading import AVERAGED
 from dnpo.tracking.writing import TrackedSteps, Tracking
 
@@ -119,7 +120,8 @@ def execute(
     if "choice" in summary:
         found = summary["choice"]
         tracking.tags({"dnpo.best": str(found["best"]["iteration"]), "dnpo.kept": table[found["kept"]]["iteration"]})
-    write_json(folder / "summary.json", summary | {"cwd": os.path.relpath(Path.cwd(), folder)})
+    public = {"cwd": os.path.relpath(Path.cwd(), folder), "settings": change_paths(settings, from_here)}
+    write_json(folder / "summary.json", summary | public)
     tracking.artifact(folder / "summary.json")
     for card in export.link(summary, folder):
         tracking.artifact(card, f"models/{card.parent.name}")

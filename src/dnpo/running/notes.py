@@ -16,6 +16,7 @@ from dnpo.running import best
 from dnpo.stats.overoptimised import LEARNS_FROM, describe_overoptimisation
 from dnpo.stats.table import markdown
 from dnpo.tracking.client import strip_password
+from dnpo.tracking.paths import change_paths, last_part, override_from_here
 from dnpo.wording import plural
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def code(text: str) -> str:
 
 def command(overrides: Sequence[str]) -> str:
     """Return the command that repeats or continues a run."""
-    return shlex.join(["python", "-m", "dnpo.train", *overrides])
+    return shlex.join(["python", "-m", "dnpo.train", *map(override_from_here, overrides)])
 
 
 def describe_run(settings: Mapping[str, Any], choices: Mapping[str, str], overrides: Sequence[str], commit: str) -> str:
@@ -102,7 +103,7 @@ def _describe_part(settings: Mapping[str, Any], choices: Mapping[str, str], part
     if isinstance(own, list):  # one part an iteration
         return escape(", then ".join(str(each["_target_"]).rpartition(".")[2] for each in own))
     more = [own[key] for key in ("name", "path", "model") if isinstance(own.get(key), str)]
-    return escape(" ".join([choices.get(part, ""), *more]))
+    return escape(" ".join([choices.get(part, ""), *change_paths(more, last_part)]))
 
 
 def _commit(commit: str) -> str:
@@ -267,7 +268,7 @@ def describe_sweep(
         lines[-1] += f" What varies: {escape(varies)}; seeds {', '.join(map(str, seeds))}."
     for job, message in failed.items():
         problem = escape(message.strip().splitlines()[-1][:LONGEST_OF_A_JOB])
-        lines.append(f"- job {job} ({escape(' '.join(overrides[job]))}) failed: {problem}")
+        lines.append(f"- job {job} ({escape(' '.join(map(override_from_here, overrides[job])))}) failed: {problem}")
     for picture in pictures:
         lines += ["", f"![comparison]({picture})"]
     for each in compared[:2]:

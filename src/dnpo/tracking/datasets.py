@@ -11,6 +11,7 @@ from dnpo.records import Pair
 from dnpo.stages.files import count_labels
 from dnpo.stages.plan import Iteration
 from dnpo.store import Stage, Store, manifest
+from dnpo.tracking.paths import change_paths, last_part
 
 TRAINING, EVALUATION, UNUSED = "training", "evaluation", "not used"
 COLUMNS = ("id", "messages", "human", "answer", "needs")  # of a prompt, without its token ids
@@ -93,7 +94,7 @@ def _source(data: Mapping[str, Any], identity: Mapping[str, Any]) -> tuple[str, 
     if data.get("name") is not None:
         return "hugging_face", {"path": data["name"], "revision": identity.get("revision")}
     if data.get("path") is not None:
-        return "local", {"uri": str(data["path"])}
+        return "local", {"uri": change_paths(str(data["path"]), last_part)}
     return "code", {"tags": {"mlflow.source.name": data["_target_"]}}
 
 

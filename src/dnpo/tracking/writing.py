@@ -25,6 +25,7 @@ from dnpo.tracking.alive import ALIVE, NOTE, close_abandoned, free
 from dnpo.tracking.client import check_reachable, connect, is_server, make_absolute, strip_password
 from dnpo.tracking.outbox import KEPT, LATER, PATIENCE, Kind, Message, Outbox, Refused, send, warn
 from dnpo.tracking.packing import OPTIONS, STAGES, STEPS, pack, split_tags
+from dnpo.tracking.paths import change_paths, last_part
 from dnpo.tracking.sqlite import advise, file_of, lock_of, shorten, try_file
 
 if TYPE_CHECKING:
@@ -223,7 +224,8 @@ class MLflowTracking(Tracking):
         """Create the run, log its settings, and close abandoned runs of the experiment."""
         from mlflow.entities import Param
 
-        values = {key: for_database(strip_password(str(value)))[:6000] for key, value in settings.items()}
+        shown = {key: change_paths(value, last_part) for key, value in settings.items()}
+        values = {key: for_database(strip_password(str(value)))[:6000] for key, value in shown.items()}
         tags = {**describe_source(tags), **tags}
         clean = {for_mlflow(key): for_database(value) for key, value in tags.items()}
         known, options = split_tags(clean)
@@ -236,8 +238,8 @@ class MLflowTracking(Tracking):
             close_abandoned(self._client, self._experiment)
             marks = {ALIVE: self._hold()} | ({KEPT: str(self._outbox.path)} if folder is not None else {})
             known, self._marks = {**known, **marks}, list(marks)
-            shown = for_database(strip_password(name))
-            self.id = self._client.create_run(self._experiment, run_name=shown, tags=known).info.run_id
+            title = for_database(strip_password(name))
+            self.id = self._client.create_run(self._experiment, run_name=title, tags=known).info.run_id
             for start in range(0, len(params), 100):
                 self._client.log_batch(self.id, params=params[start : start + 100])
 
