@@ -38,7 +38,7 @@ from analysis.claims_earlier import read as read_earlier
 from analysis.claims_options import choose_seeds, execute, make_parser, pair_tags
 from analysis.claims_registered import Registration
 from analysis.claims_rules import CHECKED, OUTCOMES
-from analysis.claims_runs import describe_work, to_csv
+from analysis.claims_runs import describe_work, newest, to_csv
 from analysis.keeping import log as keep
 from analysis.keeping import make_folder, writing_to
 from dnpo.errors import SettingsError, TrackingError
@@ -174,7 +174,8 @@ def describe_sweeps(results: Sequence[Result], tracked: Tracked, earlier: Earlie
     """What was read of each sweep; if its claims were measured earlier, what the earlier table says."""
     found = {}
     kept = {result.claim.sweep for result in results if result.effect is not None and not result.runs}
-    for sweep, runs in tracked.runs.items():
+    for sweep, every in tracked.runs.items():
+        runs = newest(every)
         seeds = tracked.seeds(sweep)
         of = f" of seeds {tables.ranges(seeds)}" if seeds else ""
         short = f", {tracked.unfinished[sweep]} unfinished and left out" if tracked.unfinished[sweep] else ""

@@ -6,6 +6,7 @@ from typing import Any
 from analysis.claims_assess import in_force
 from analysis.claims_registered import origins
 from analysis.keeping import csv_of
+from analysis.selection import method_of
 from dnpo.tracking.reading import TrackedRun
 from dnpo.wording import duration
 
@@ -45,6 +46,19 @@ def _short(value: float) -> float:
 def to_csv(runs: Sequence[TrackedRun], arms: Mapping[str, Mapping[str, str]]) -> str:
     """The rows of :func:`policies` as CSV."""
     return csv_of(policies(runs, arms))
+
+
+def newest(runs: Sequence[TrackedRun]) -> list[TrackedRun]:
+    """Leave out runs that were made again, as after adding a measurement: same method, seed, iterations and policies.
+
+    Args:
+        runs: the newest first.
+    """
+    kept: dict[tuple[Any, ...], TrackedRun] = {}
+    for run in runs:
+        policies = tuple(run.summary.get("policies", [run.id]))
+        kept.setdefault((method_of(run), run.seed, run.params.get("iterations", ""), policies), run)
+    return list(kept.values())
 
 
 def describe_work(runs: Sequence[TrackedRun]) -> str:
