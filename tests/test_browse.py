@@ -242,6 +242,9 @@ def test_what_cannot_be_shown_is_refused(few: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(DataError, match="outputs/"):
         found()
     (tmp_path / "begun").mkdir()
+    with pytest.raises(DataError, match="is not the folder of a run"):
+        found(tmp_path / "begun")
+    (tmp_path / "begun" / "train.log").touch()
     with pytest.raises(DataError, match="has not finished"):
         found(tmp_path / "begun")
     with pytest.raises(DnpoError, match="nothing"):

@@ -785,9 +785,15 @@ def test_missing_runs_are_reported_with_exit_status_1(
     lab.run("seed=0", [{"iteration": 0}], sweep="main")
     lab.run("seed=1", [{"iteration": 0}], seed=1)
     (tmp_path / "folder").mkdir()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "train.log").touch()
+    (tmp_path / "day" / "10-00").mkdir(parents=True)
+    (tmp_path / "day" / "10-00" / "summary.json").write_text("{}")
     for given, message in (
         ("mian", "no run and no sweep of that name is tracked .*Did you mean main"),
-        (str(tmp_path / "folder"), r"it has no summary\.json"),
+        (str(tmp_path / "folder"), "is not the folder of a run or of a tracked sweep"),
+        (str(tmp_path / "begun"), r"its run has not finished, since it has no summary\.json"),
+        (str(tmp_path / "day"), r"is not the folder of a run, but it has 1 run: `dnpo report \S+10-00`"),
         ("", "no run and no sweep of that name"),
     ):
         with pytest.raises(SystemExit) as stopped:
@@ -800,6 +806,14 @@ def test_missing_runs_are_reported_with_exit_status_1(
     with pytest.raises(SystemExit):
         main(["main", "--uri", lab.uri, "--out", str(tmp_path / "none" / "page.html")])
     assert "expected a file that can be written" in capsys.readouterr().err
+
+
+def test_the_folder_of_an_unfinished_run_names_its_run(lab: Lab, tmp_path: Path) -> None:
+    tracking = MLflowTracking(uri=lab.uri, artifacts=str(lab.folder / "artifacts"))
+    tracking.start("killed", {}, {"dnpo.kind": "run", "dnpo.seed": "0"}, None, tmp_path)
+    selection = select(Database(lab.uri), str(tmp_path))
+    assert [run.id for run in selection.runs] == [tracking.id]
+    assert not selection.runs[0].finished
 
 
 def test_the_beginning_of_an_id_has_to_be_unique(lab: Lab) -> None:

@@ -134,6 +134,17 @@ function small(row) {
     .map(([name]) => make("span", "badge", `${name} ${rounded(row[name], 3)}`));
 }
 
+// A link to the same search in another iteration.
+function matches([key, many]) {
+  const there = new URLSearchParams(state);
+  for (const name of ["page", "row"]) there.delete(name);
+  there.set("of", key);
+  const title = [...find("select[name=of]").options].find((option) => option.value === key).textContent;
+  const element = make("a", "link", `${title}: ${many.toLocaleString("en")}`);
+  element.href = `?${there}`;
+  return element;
+}
+
 function showList(found) {
   last = found;
   const held = view() === "held";
@@ -158,7 +169,7 @@ function showList(found) {
   find("#page").textContent = `page ${page()} of ${pages}`;
   find("#previous").disabled = page() <= 1;
   find("#next").disabled = page() >= pages;
-  find("#foot").textContent = found.total ? "" : "Nothing matches.";
+  find("#foot").replaceChildren(...(found.total ? [] : ["Nothing matches.", ...(found.elsewhere || []).map(matches)]));
   fillFamilies(found.families);
 }
 

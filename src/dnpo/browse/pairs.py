@@ -231,6 +231,17 @@ class AllPairs:
         }
         self._read: OrderedDict[str, Pairs] = OrderedDict()
 
+    def show_page(self, query: PairsQuery) -> dict[str, Any]:
+        """A page of the pairs that a query asks for; if there are none, the iterations that have some (``elsewhere``).
+
+        Raises:
+            DataError: there is no such iteration.
+            StoreError: a file is damaged.
+        """
+        page = self.of(query.of).show_page(query)
+        others = [] if page["total"] else self.sources
+        return page | {"elsewhere": [[key, many] for key in others if (many := len(self.of(key).select(query)))]}
+
     def of(self, key: str) -> Pairs:
         """The pairs of an iteration.
 

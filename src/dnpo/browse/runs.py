@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dnpo.errors import DataError, TrackingError
-from dnpo.report.selection import SUMMARY, select
+from dnpo.report.selection import SUMMARY, describe_no_run, select
 from dnpo.settings import flat
 from dnpo.store import MANIFEST
 from dnpo.store.provenance import find_cwd
@@ -144,7 +144,7 @@ def _find(given: str, store: Path | None, uri: str, experiment: str) -> Iterator
             yield _run(_name(_read(job), job.name), _read(job), store)
         return
     if folder.is_dir() and given:
-        raise DataError(f"{folder}: no {SUMMARY} is in it, so its run has not finished")
+        raise DataError(describe_no_run(folder, "browse"))
     try:
         selection = select(Database(uri, experiment), given)
     except TrackingError as error:

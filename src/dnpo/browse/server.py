@@ -57,8 +57,7 @@ def make_app(runs: Sequence[Run]) -> Starlette:
     def rows(request: Request) -> Response:
         given = {name: value for name, value in request.query_params.items() if name not in ASIDE}
         if _shows_pairs(request):
-            query = _parse(PairsQuery, given)
-            return JSONResponse(pairs.of(query.of).show_page(query))
+            return JSONResponse(pairs.show_page(_parse(PairsQuery, given)))
         return JSONResponse(held.show_page(_parse(HeldQuery, given)))
 
     def row(request: Request) -> Response:

@@ -76,19 +76,21 @@ def open_policies(given: argparse.Namespace, iterations: Sequence[str | None]) -
     """Load policies of the run; also return the first one's entry in the run's summary."""
     from dnpo.running.console import silence_libraries
     from dnpo.running.export import find_policy, read_summary
-    from dnpo.running.talk import open_speaker
+    from dnpo.running.talk import choose_sampling, open_speaker
 
     if given.max_tokens < 0:
         raise SettingsError(f"max_tokens={given.max_tokens}: expected at least 1, or 0 for the run's limit")
-    first, *_ = [
+    saved = [
         find_policy(read_summary(given.run), iteration, given.store, setting)
         for setting, iteration in zip(("iteration", "against"), iterations, strict=False)
     ]
-    from dnpo.policy.model import device_of  # heavy, so a wrong run or iteration is reported before
-
-    silence_libraries()
     sampling = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
     samples = getattr(given, "samples", 1)
+    for each in saved:
+        choose_sampling(each, samples, **sampling)
+    from dnpo.policy.model import device_of  # heavy, so a wrong run, iteration or setting is reported before
+
+    silence_libraries()
     speakers = [
         open_speaker(
             given.run,
@@ -101,7 +103,7 @@ def open_policies(given: argparse.Namespace, iterations: Sequence[str | None]) -
         )
         for iteration in iterations
     ]
-    return speakers, first
+    return speakers, saved[0]
 
 
 def chosen(speaker: "Speaker") -> str:

@@ -8,6 +8,7 @@ from dnpo import catalogue
 from dnpo.report.comparison import FLIPS, MEASURES, Items, MeasureComparison, ReportMeasure, gain
 from dnpo.report.groups import Group, Groups, Member, is_complete, iteration_title
 from dnpo.report.page import format_value, number
+from dnpo.stats.changes import LOSS, describe_changes
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.overoptimised import describe_overoptimisation
 from dnpo.tracking.reading import SFT
@@ -27,8 +28,13 @@ MOST_NAMED = 8  # groups whose numbers fit in a sentence
 
 
 def of_run(member: Member, items: Items) -> list[str]:
-    """Return a sentence per measure: before, after, and the interval of the difference."""
-    return [text for measure in MEASURES if (text := _describe_gain(member, measure, items))]
+    """Return the sentences of the run's end on the screen, and one for each measure that has no results by prompt."""
+    rows = member.rows
+    by_prompt = [m for m in MEASURES if m.kind and len(rows) > 1 and (found := gain(member, m, items)) and found[1]]
+    results = {m.metric.name: [items.of(member.run, row["iteration"], m) for row in rows] for m in by_prompt}
+    told = {*results, LOSS} if results else {}  # the held-out loss is told even without results by prompt
+    others = [text for m in MEASURES if m.metric.name not in told and (text := _describe_gain(member, m, items))]
+    return [*(describe_changes(rows, results) if results else []), *others]
 
 
 def warnings(groups: Groups, sweep: bool) -> list[str]:
@@ -58,14 +64,9 @@ def _describe_gain(member: Member, measure: ReportMeasure, items: Items) -> str:
     gained = gain(member, measure, items)
     if gained is None:
         return ""
-    estimate, over = gained
+    estimate, _ = gained
     first, last = (metric.format(value) for _, value in (values[0], values[-1]))
     change = metric.format(estimate.value, signed=True)
-    if over and estimate == Estimate(0.0):  # nothing varies
-        change += f", the same {over}"
-    elif estimate.low is not None:
-        low, high = (format_value(end, metric, signed=True) for end in (estimate.low, estimate.high))
-        change += f"; 95 % interval {low} to {high} {over}, without the variation between trainings"
     return f"{metric.title}: from {first} to {last} {metric.unit}, {_ends(values)} ({change})."
 
 

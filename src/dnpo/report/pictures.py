@@ -8,7 +8,7 @@ from typing import Any
 from dnpo.catalogue import metric
 from dnpo.palette import Look
 from dnpo.report import figures
-from dnpo.report.comparison import FLIPS, MEASURES, Items, ReportMeasure, mean_of
+from dnpo.report.comparison import DISTANCES, FLIPS, MEASURES, Items, ReportMeasure, mean_of
 from dnpo.report.drawing import describe_movement
 from dnpo.report.figures import Line, Picture
 from dnpo.report.groups import Group, Groups
@@ -35,7 +35,7 @@ def pictures(groups: Groups, looks: Mapping[str, Look], items: Items, single: bo
     sections = [
         (
             OVER_ITERATIONS,
-            [p for m in (*MEASURES, FLIPS) if (p := _over_iterations(shown, groups, looks, m, items))],
+            [p for m in (*MEASURES, *DISTANCES, FLIPS) if (p := _over_iterations(shown, groups, looks, m, items))],
         ),
         (
             OVER_SETTINGS,

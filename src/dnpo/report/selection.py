@@ -1,16 +1,20 @@
 """Find the run, or the runs of a sweep, that the page describes."""
 
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dnpo.errors import DataError
 from dnpo.settings import nearest
+from dnpo.tracking import RUN_ID
 from dnpo.tracking.reading import PARENT, SWEEP, Database, TrackedRun, is_of_sweep
 from dnpo.wording import plural
 
 SUMMARY = "summary.json"
+OF_A_RUN = (".hydra", "train.log", RUN_ID)  # what a run writes before it finishes
+MOST_NAMED = 8  # runs in a message
 
 
 @dataclass(frozen=True)
@@ -106,18 +110,41 @@ def _sweep_of_folder(database: Database, folder: Path, runs: Iterable[TrackedRun
     return [run for run in runs if run.tags.get(PARENT) in own]
 
 
+def describe_no_run(folder: Path, verb: str) -> str:
+    """Say why a folder without ``summary.json`` cannot be shown: it is no run's, or its run has not finished.
+
+    Args:
+        verb: the command that was given the folder, to be offered for the runs inside.
+    """
+    inside = sorted({path.parent for name in (SUMMARY, RUN_ID) for path in folder.glob(f"*/{name}")})
+    if inside:
+        commands = ", ".join(f"`dnpo {verb} {shlex.quote(str(each))}`" for each in inside[:MOST_NAMED])
+        more = f" and {len(inside) - MOST_NAMED} more" * (len(inside) > MOST_NAMED)
+        return f"{folder}: it is not the folder of a run, but it has {plural(len(inside), 'run')}: {commands}{more}"
+    if any((folder / name).exists() for name in OF_A_RUN):
+        where = f"in its file {RUN_ID}" if (folder / RUN_ID).is_file() else "on its page in MLflow, if it was tracked"
+        return (
+            f"{folder}: its run has not finished, since it has no {SUMMARY}. `dnpo report` takes an unfinished run by "
+            f"its id, which is {where}"
+        )
+    return f"{folder}: it is not the folder of a run or of a tracked sweep; a run's folder is outputs/DATE/TIME"
+
+
 def _run_of_folder(folder: Path, runs: Iterable[TrackedRun]) -> TrackedRun:
-    """Find the run that wrote this folder's ``summary.json``, by comparing the files that runs tracked.
+    """Find the run of a folder by the id in it, or else by comparing its ``summary.json`` with what runs tracked.
 
     Raises:
-        DataError: the folder has no such file, or no run tracked it.
+        DataError: the folder is not a run's, or no run tracked it.
     """
-    path = folder / SUMMARY
+    note, path = folder / RUN_ID, folder / SUMMARY
+    noted = note.read_text().strip() if note.is_file() else ""
+    own = next((run for run in runs if run.id == noted), None)
+    if own is not None:
+        return own
     if not path.is_file():
-        raise DataError(
-            f"{folder}: it has no {SUMMARY}, so its run did not finish, and it is not the folder of a tracked sweep. "
-            "Give the id of the run, which MLflow shows: a page can be written on an unfinished run too"
-        )
+        if noted:
+            raise DataError(f"{folder}: its run {noted} is not tracked here; give uri=…, where it was tracked")
+        raise DataError(describe_no_run(folder, "report"))
     content = path.read_bytes()
     try:
         keys = {stage["key"] for stage in json.loads(content)["stages"]}

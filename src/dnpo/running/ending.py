@@ -11,6 +11,7 @@ import numpy as np
 from dnpo.catalogue import metric
 from dnpo.running import best as choosing
 from dnpo.running.console import BEST, LABEL, Console, compact_table
+from dnpo.stats.changes import describe_changes
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.prompts import by_prompt, change, loss_by_prompt, mean
 
@@ -21,7 +22,6 @@ MEASURED = {
     "eval/loss": ("human", "logprob"),
 }
 BARE = ("eval/loss",)  # shown in the narrow table without its interval, since there is no room
-LOSS = "eval/loss"  # has no interval in earlier versions, whose evaluations lack its results by prompt
 
 
 def show_briefly(
@@ -87,38 +87,7 @@ def sentences(
         results: by metric, each policy's results by prompt; empty if there are none.
         by: the metric whose best row is marked; None if no row is.
     """
-    said = []
-    over, measured, fell = "", set(), False
-    for name, by_policy in results.items():
-        column, first, last = metric(name), rows[0].get(name), rows[-1].get(name)
-        found = change(dict(by_policy[-1]), dict(by_policy[0])) if len(rows) > 1 else None
-        if first is None or last is None or found is None:
-            continue
-        if found.difference == Estimate(0.0):  # nothing varies
-            measured.add(name)
-            said.append(f"{column.title}: {column.format(last)} {column.unit}, unchanged on every prompt.")
-            over = f"over {found.items} held-out prompts"
-            continue
-        if found.difference.low is None or found.difference.high is None:
-            continue
-        measured.add(name)
-        low, high = (column.format(end, signed=True) for end in (found.difference.low, found.difference.high))
-        ends = f"{column.format(first)} → {column.format(last)}"
-        up, down = ("worse", "better") if column.better == "lower" else ("better", "worse")
-        verdict = up if found.difference.low > 0 else down if found.difference.high < 0 else "no clear change"
-        fell |= verdict == "worse" and name != LOSS
-        gained = column.format(last - first, signed=True)
-        said.append(f"{column.title}: {ends} {column.unit}, {verdict} ({gained}; 95 % interval {low} to {high}).")
-        over = f"over {found.items} held-out prompts"
-    column, first, last = metric(LOSS), rows[0].get(LOSS), rows[-1].get(LOSS)
-    if LOSS not in measured and len(rows) > 1 and first is not None and last is not None:
-        ends, gained = f"{column.format(first)} → {column.format(last)}", column.format(last - first, signed=True)
-        said.append(f"{column.title}: {ends} {column.unit} ({gained}).")
-    if over:
-        ends = f"from {rows[0]['iteration']} to {rows[-1]['iteration']}"
-        said.append(f"Changes are {ends}; ± and intervals are {over}. Another seed may give other numbers.")
-    if fell:
-        said.append("What to look at in a bad run: `When a run is bad` in docs/reading-a-run.md.")
+    said = describe_changes(rows, results)
     if by is not None:
         said.append(f"{BEST} marks the best {metric(by).label}. All columns: table.md among the results, or wide=true.")
     return said

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dnpo.judges import Judge
     from dnpo.policy.model import Policy
 
+AHEAD = "dnpo.generate.Ahead"
 SAMPLING = ("temperature", "top_k", "top_p")
 ROLES = ("system", "user", "assistant")
 
@@ -110,17 +111,29 @@ def open_speaker(
         ModelError: the base model no longer exists or has changed.
     """
     saved = find_policy(read_summary(run), iteration, store)
-    values: dict[str, Any] = {name: saved.setting("generate", name) for name in SAMPLING}
-    values |= {name: value for name, value in sampling.items() if value is not None}
-    values = {name: value for name, value in values.items() if value is not None}
-    settings = check("sampling", {"_target_": "dnpo.generate.Ahead", "samples": samples, **values})
-    rollout: Ahead = build("sampling", settings)
+    rollout = choose_sampling(saved, samples, **sampling)
     limit = max_tokens or int(saved.setting("data", "max_response_tokens"))
     policy = load_policy(saved, device)
     context = getattr(policy.causal_lm.config, "max_position_embeddings", None) or 1 << 30
     if limit >= context:
         raise SettingsError(f"max_tokens={limit}: the model has a context of {context} tokens")
     return Speaker(saved.name, policy, rollout, limit, context - limit)
+
+
+def choose_sampling(saved: SavedPolicy, samples: int, **sampling: float | int | None) -> Ahead:
+    """Return how a policy of a run samples: as the run does, unless other values are given.
+
+    Raises:
+        SettingsError: a value is out of range, or values contradict each other.
+    """
+    values: dict[str, Any] = {name: saved.setting("generate", name) for name in SAMPLING}
+    values |= {name: value for name, value in sampling.items() if value is not None}
+    values = {name: value for name, value in values.items() if value is not None}
+    try:
+        rollout: Ahead = build("sampling", check("sampling", {"_target_": AHEAD, "samples": samples, **values}))
+    except SettingsError as error:  # the commands take the settings by their bare names
+        raise SettingsError(str(error).removeprefix("sampling.")) from error
+    return rollout
 
 
 def open_judge(saved: SavedPolicy) -> "Judge | str":

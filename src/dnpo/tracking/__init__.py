@@ -8,6 +8,7 @@ from dnpo.settings import Count, neutral
 if TYPE_CHECKING:
     from dnpo.tracking.writing import Tracking
 
+RUN_ID = "mlflow-run.txt"  # file in a run's folder with the id of the run, from its beginning
 PARENT_ID = "mlflow-parent.txt"  # file in a sweep's folder with the id of its parent run
 RUNNING = "*It is running; its results will appear here.*"  # in a run's note, until it has ended
 

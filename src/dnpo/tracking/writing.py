@@ -20,7 +20,7 @@ from dnpo import catalogue
 from dnpo.errors import StoreError, TrackingError
 from dnpo.escape import for_database, for_mlflow
 from dnpo.store import write_json
-from dnpo.tracking import PARENT_ID, end_note
+from dnpo.tracking import PARENT_ID, RUN_ID, end_note
 from dnpo.tracking.alive import ALIVE, NOTE, close_abandoned, free
 from dnpo.tracking.client import check_reachable, connect, is_server, make_absolute, strip_password
 from dnpo.tracking.outbox import KEPT, LATER, PATIENCE, Kind, Message, Outbox, Refused, send, warn
@@ -240,6 +240,8 @@ class MLflowTracking(Tracking):
             known, self._marks = {**known, **marks}, list(marks)
             title = for_database(strip_password(name))
             self.id = self._client.create_run(self._experiment, run_name=title, tags=known).info.run_id
+            if folder is not None:
+                (folder / RUN_ID).write_text(self.id)
             for start in range(0, len(params), 100):
                 self._client.log_batch(self.id, params=params[start : start + 100])
 
