@@ -182,7 +182,10 @@ def test_a_setting_of_another_option_names_it(setting: str, options: str, tmp_pa
     [
         ("+trainer.optimizer.lrr=1", r"trainer\.optimizer\.lrr: unknown setting\. Did you mean trainer\.optimizer\.lr"),
         ("trainer.optimizer._target_=torch.optim.Nothing", r"trainer\.optimizer\._target_=.*cannot be imported"),
-        ("trainer.optimizer.lr=-1", r"trainer\.optimizer: .*learning rate"),
+        ("trainer.optimizer.lr=-1", r"trainer\.optimizer\.lr=-1: .*learning rate"),
+        ("trainer.optimizer.lr=abc", r"trainer\.optimizer\.lr=abc: "),
+        ("+trainer.optimizer.weight_decay=much", r"trainer\.optimizer\.weight_decay=much: "),
+        ("+sft.optimizer.betas=[2,0.9]", r"sft\.optimizer\.betas=\[2, 0\.9\]: "),
     ],
 )
 def test_a_wrong_optimizer_is_named_before_anything_is_computed(override: str, message: str) -> None:

@@ -7,7 +7,7 @@ This file has only settings. The code that they configure is imported when it is
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from dnpo.errors import SettingsError
@@ -547,10 +547,21 @@ class Optimisation:
         from torch import nn, zeros
 
         self.optimizer.check(f"{name}.optimizer")
-        try:
-            self.optimizer([nn.Parameter(zeros(1))])
-        except (TypeError, ValueError) as error:
-            raise SettingsError(f"{name}.optimizer: {error}") from error
+        given = self.optimizer.settings
+
+        def problem(settings: Mapping[str, Any]) -> Exception | None:
+            try:
+                replace(self.optimizer, settings=settings)([nn.Parameter(zeros(1))])
+            except (TypeError, ValueError) as error:
+                return error
+            return None
+
+        error = problem(given)
+        if error is not None:
+            # the library's message names a parameter at best; the setting without which it works is the wrong one
+            wrong = [each for each in given if problem({key: given[key] for key in given if key != each}) is None]
+            named = ", ".join(f"{name}.optimizer.{each}={given[each]}" for each in wrong or given)
+            raise SettingsError(f"{named or f'{name}.optimizer'}: {error}") from error
 
     def passes(self, rows: int) -> float:
         """How often a training on ``rows`` rows reads each row."""
