@@ -208,6 +208,17 @@ def test_runs_are_side_by_side_where_their_prompts_are_the_same(tmp_path: Path) 
     assert get(page, "/rows?a=0.SFT&b=1.SFT&q=second&sort=order")["rows"][0]["sides"][0]["score"] is None
 
 
+def test_by_default_runs_of_one_seed_are_compared(tmp_path: Path) -> None:
+    def usual(*seeds: int) -> list[str]:
+        scores = {"SFT": [[50], [1]], "0": [[50], [1]]}
+        folders = [make_run(tmp_path / f"{seeds}{n}", ["same"], scores, seed=seed) for n, seed in enumerate(seeds)]
+        return [title.split(" · ")[0].split(" (")[0] for title in get(client(*folders), "/rows")["titles"]]
+
+    assert usual(0, 1, 0, 1) == ["spin, seed 0"] * 2
+    assert usual(0, 1, 2, 1) == ["spin, seed 1"] * 2
+    assert usual(0, 1) == ["spin, seed 0", "spin, seed 1"]
+
+
 def test_scores_of_different_judges_are_not_offered_for_comparison(tmp_path: Path) -> None:
     scores = {"SFT": [[50], [1], [3]]}
     first, second = (make_run(tmp_path / str(seed), ["same"], scores, seed=seed) for seed in (1, 2))
@@ -299,6 +310,7 @@ def test_wrong_addresses_are_refused_by_name(few: Path, path: str) -> None:
     assert refused.status_code == 400
     name, _, value = path.rpartition("&")[2].rpartition("?")[2].partition("=")
     assert name in refused.text or value in refused.text
+    assert "Input" not in refused.text
 
 
 def test_a_port_in_use_is_refused_by_its_setting() -> None:

@@ -179,11 +179,18 @@ class Held:
 
     @property
     def usual(self) -> tuple[Answers, Answers]:
-        """The policies compared by default: the first and last of one run, or the last ones of several runs."""
-        last = self.policies[-1]
+        """The policies compared by default: the first and last of one run, or the last ones of two runs.
+
+        The two runs have the same seed, the first that several have, so that their difference is not one of seeds; if
+        no seed is shared, they are the first and the last run.
+        """
         if len(self.runs) == 1:
-            return self.policies[0], last
-        return [policy for policy in self.policies if policy.run == 0][-1], last
+            return self.policies[0], self.policies[-1]
+        seeds = [run.seed for run in self.runs]
+        shared = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+        numbers = [number for number, seed in enumerate(seeds) if shared is None or seed == shared]
+        last = {policy.run: policy for policy in self.policies}
+        return last[numbers[0]], last[numbers[-1]]
 
     def compared(self, query: HeldQuery) -> tuple[Answers, Answers]:
         """The two policies that a query compares.

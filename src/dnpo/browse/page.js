@@ -42,7 +42,10 @@ function fillControls() {
   for (const button of document.querySelectorAll("nav [data-view]")) {
     button.setAttribute("aria-pressed", String(button.dataset.view === view()));
   }
-  for (const control of controls()) control.value = state.get(control.name) ?? (control.dataset.usual || "");
+  for (const control of controls()) {
+    control.value = state.get(control.name) ?? (control.dataset.usual || "");
+    if (control.selectedIndex === -1) control.value = control.dataset.usual || ""; // the address has a value that is refused
+  }
 }
 
 function fillFamilies(families) {

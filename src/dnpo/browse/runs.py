@@ -41,6 +41,12 @@ class Run:
         return str(self.summary["settings"].get("eval", {}).get("split", "test"))
 
     @property
+    def seed(self) -> int | None:
+        """The run's seed; None if its summary has none."""
+        found = self.summary["settings"].get("seed")
+        return None if found is None else int(found)
+
+    @property
     def prompts(self) -> Path:
         """The folder of the run's prompts."""
         return self._folder(next(stage for stage in self._stages if stage["stage"] == "prompts"))

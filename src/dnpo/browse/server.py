@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import uvicorn
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -114,7 +114,18 @@ def _parse(kind: type[Query], given: Mapping[str, str]) -> Query:
         return kind.model_validate(dict(given))
     except ValidationError as error:
         first = error.errors()[0]
-        raise DataError(f"{'.'.join(map(str, first['loc']))}={first['input']}: {first['msg']}") from error
+        name = ".".join(map(str, first["loc"]))
+        raise DataError(f"{name}={first['input']}: {_expected(kind, name)}") from error
+
+
+def _expected(kind: type[BaseModel], name: str) -> str:
+    """Say what is allowed for a part of an address."""
+    field = kind.model_fields.get(name)
+    if field is None:
+        return f"there is no such part of an address; the parts are {', '.join(kind.model_fields)}"
+    if get_origin(field.annotation) is Literal:
+        return f"expected {', '.join(filter(None, get_args(field.annotation)))}"
+    return "expected a whole number from 1 on"
 
 
 def _refuse(request: Request, error: Exception) -> Response:
