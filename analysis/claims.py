@@ -44,7 +44,7 @@ from analysis.keeping import make_folder, writing_to
 from dnpo.errors import SettingsError, TrackingError
 from dnpo.escape import say, tell
 from dnpo.tracking.reading import KIND, Database
-from dnpo.wording import plural
+from dnpo.wording import plural, ranges
 
 BRIEF = "claims-brief.md"
 CLAIMS, FORECAST = "claims", "forecast"  # blocks of a page
@@ -165,9 +165,7 @@ def _registered(book: Book, registration: Registration, exploratory: bool) -> st
     """Which runs test which claims, in a sentence."""
     if exploratory:
         return f"Exploratory ({registration.text}): also runs older than the claims, and seeds that they do not fix."
-    return (
-        f"Claims: {registration.text}; only runs made after this commit are used, of seeds {tables.ranges(book.seeds)}."
-    )
+    return f"Claims: {registration.text}; only runs made after this commit are used, of seeds {ranges(book.seeds)}."
 
 
 def describe_sweeps(results: Sequence[Result], tracked: Tracked, earlier: Earlier) -> dict[str, SweepRead]:
@@ -177,7 +175,7 @@ def describe_sweeps(results: Sequence[Result], tracked: Tracked, earlier: Earlie
     for sweep, every in tracked.runs.items():
         runs = newest(every)
         seeds = tracked.seeds(sweep)
-        of = f" of seeds {tables.ranges(seeds)}" if seeds else ""
+        of = f" of seeds {ranges(seeds)}" if seeds else ""
         short = f", {tracked.unfinished[sweep]} unfinished and left out" if tracked.unfinished[sweep] else ""
         refused = f"; left out: {tracked.refused[sweep]}" if sweep in tracked.refused else ""
         options = {part: sorted({run.option(part) or "none" for run in runs}) for part in SHOWN} if runs else {}

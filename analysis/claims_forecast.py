@@ -15,11 +15,11 @@ from analysis.claims_assess import Result
 from analysis.claims_book import Book, Claim
 from analysis.claims_registered import SHORT, Registration
 from analysis.claims_rules import POWER
-from analysis.claims_tables import format_effect, format_half, format_outcome, ranges, remarks_by_text
+from analysis.claims_tables import format_effect, format_half, format_outcome, remarks_by_text
 from dnpo.errors import DataError
 from dnpo.escape import for_csv, for_markdown
 from dnpo.stats.intervals import Components, Mean
-from dnpo.wording import fixed, plural
+from dnpo.wording import fixed, plural, ranges
 
 PLAN = "plan.csv"
 CLOSE = 1.5  # a forecast within this factor of what was reached counts as good

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from analysis.claims_book import FILE, Book
-from analysis.claims_tables import ranges
 from dnpo.commands.grammar import Parser, parse, program
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import tell
 from dnpo.tracking.client import default_uri
+from dnpo.wording import ranges
 
 
 def make_parser(module: str, verb: str, description: str, seeds: str) -> argparse.ArgumentParser:

@@ -22,13 +22,13 @@ from analysis.claims_forecast import PLAN
 from analysis.claims_options import choose_seeds, execute, make_parser, pair_tags
 from analysis.claims_registered import Registration
 from analysis.claims_rules import POWER, strictest
-from analysis.claims_tables import ranges, remarks_by_text
+from analysis.claims_tables import remarks_by_text
 from analysis.keeping import make_folder, writing_to
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import for_csv, for_markdown, say, tell
 from dnpo.stats.intervals import Components, Mean
 from dnpo.tracking.reading import Database
-from dnpo.wording import duration, fixed, plural
+from dnpo.wording import duration, fixed, plural, ranges
 
 MOST_SEEDS, MOST_PROMPTS = 1_000, 1_000_000
 COLUMNS = (

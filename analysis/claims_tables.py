@@ -17,7 +17,7 @@ from analysis.claims_earlier import keep
 from analysis.claims_rules import ROLES, Role, count_outcomes, rule
 from dnpo.escape import for_csv, for_latex, for_markdown
 from dnpo.stats.table import stack, tabular, wrapped
-from dnpo.wording import decimals, fixed, interval
+from dnpo.wording import decimals, fixed, interval, ranges
 
 RELATIONS = {"greater": ">", "less": "<", "at_least": "≥", "at_most": "≤"}
 COLUMNS = (
@@ -187,17 +187,6 @@ def remarks_by_text(found: Sequence[tuple[int, str]], prefix: str = "") -> list[
     for place, text in found:
         by_text.setdefault(text, []).append(place)
     return [f"{ranges(places)}: {prefix}{text}." for text, places in by_text.items()]
-
-
-def ranges(places: Sequence[int]) -> str:
-    """Format numbers with ranges: 1, 2, 3, 5 as ``1-3, 5``."""
-    runs: list[list[int]] = []
-    for place in places:
-        if runs and place == runs[-1][-1] + 1:
-            runs[-1].append(place)
-        else:
-            runs.append([place])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def caption(results: Sequence[Result], about: str) -> list[str]:

@@ -38,6 +38,7 @@ from dnpo.palette import BREAK, INK, OTHER, PAPER, RIVALS, START
 TITLE = "What the methods reach, for what cost, and how far from the initial policy"
 SWEEP = "methods"
 FAINT = 0.45  # opacity of intervals
+LONG = 24  # letters of a line beside a row of panels: a longer one would reach into the rows above and below
 WIDE = 26  # letters of a line above a panel
 LEVELS = (1, 3)  # multiples of each power of ten that are marked, if the axis has fewer than two powers of ten
 
@@ -62,7 +63,7 @@ def make(runs: Runs) -> DrawnFigure:
             _name_best(axis, rows, f"{x.metric.name}_mean", f"{y.metric.name}_mean")
         _draw(axis, rows, [] if y is KL else off, x.metric.name, y.metric.name)
         if x is across[0]:
-            axis.set_ylabel(f"{fill(y.metric.axis, 30)}\n({'less' if y is KL else 'more'} is better)")
+            axis.set_ylabel(f"{fill(y.metric.axis, LONG)}\n({'less' if y is KL else 'more'} is better)")
         if y is KL or (x is KL and y is up[-2]):
             axis.set_xlabel(fill(x.metric.axis, 22))
             axis.tick_params(labelbottom=True)

@@ -15,7 +15,7 @@ from dnpo.report.groups import is_branch, is_off, starts
 from dnpo.tracking.earlier import TARGET, knows
 from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import FINISHED, SFT, Database, TrackedRun, describe_assumed
-from dnpo.wording import plural
+from dnpo.wording import plural, ranges
 
 Iteration = int | str
 
@@ -201,8 +201,14 @@ class Runs:
             name=_option_of,
             own=_is_own,
         )
-        lacking = {m: [str(s) for s in cells.seeds if not cells.at_end(m, [s])] for m in cells.methods}
-        shown = [f"{m} seed{'s' * (len(few) > 1)} {', '.join(few)}" for m, few in lacking.items() if few]
+        alike: dict[tuple[int, ...], list[str]] = {}  # methods by the seeds that they lack
+        for method in cells.methods:
+            alike.setdefault(tuple(seed for seed in cells.seeds if not cells.at_end(method, [seed])), []).append(method)
+        shown = [
+            f"seed{'s' * (len(few) > 1)} {ranges(few)} of {_name_methods(methods, cells.methods)}"
+            for few, methods in alike.items()
+            if few
+        ]
         return replace(cells, notes=(*cells.notes, f"missing: {'; '.join(shown)}")) if shown else cells
 
     def named(self, name: Callable[[TrackedRun], str], own: Callable[[str], bool]) -> Cells:
@@ -391,6 +397,14 @@ def _describe(name: str, among: Sequence[TrackedRun]) -> str:
         default = "" if not silent else ", by default" if silent == count else f", {silent} of them by default"
         found.append(f"{value or 'absent'} ({plural(count, 'run')}{default})")
     return ", ".join(found)
+
+
+def _name_methods(some: Sequence[str], among: Sequence[str]) -> str:
+    """List methods; if they are most of those there are, list the others instead."""
+    others = [method for method in among if method not in some]
+    if len(others) >= len(some):
+        return ", ".join(some)
+    return f"all methods but {', '.join(others)}"
 
 
 def _explain_unknown(differing: Mapping[str, Sequence[TrackedRun]]) -> str:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from analysis import command, published
 from analysis.results import against, average, benchmarks, duel, estimate, outcome, results, score
-from analysis.selection import CONSTANT, DNPO, DSL, FIXED, NPO, SPIN, Absent, method_of
+from analysis.selection import CONSTANT, DNPO, DSL, FIXED, NPO, SPIN, Absent, _name_methods, method_of
 from analysis.watched import LOSS
 
 from dnpo import catalogue
@@ -451,9 +451,10 @@ def test_methods_may_differ_in_anything_but_their_start_and_measures(recorder: R
     recorder.run(SPIN, 0, experiment=where, params=of_mine, tags={"dnpo.method": "mine"})
     assert chosen(recorder, where, sweeps=["main"]).rivals().methods == ["spin", "mine"]
     recorder.run(SPIN, 1, experiment=where, params=of_mine, tags={"dnpo.method": "mine"})
-    assert chosen(recorder, where, sweeps=["main"]).rivals().notes == ("missing: spin seed 1",)
+    assert chosen(recorder, where, sweeps=["main"]).rivals().notes == ("missing: seed 1 of spin",)
     recorder.run(SPIN, 2, experiment=where, params=of_mine, tags={"dnpo.method": "mine"})
-    assert chosen(recorder, where, sweeps=["main"]).rivals().notes == ("missing: spin seeds 1, 2",)
+    assert chosen(recorder, where, sweeps=["main"]).rivals().notes == ("missing: seeds 1-2 of spin",)
+    assert _name_methods(["spin", "mine", "dpo"], ["spin", "mine", "dpo", "ipo"]) == "all methods but ipo"
     recorder.run(SPIN, 1, experiment=where, params={"judge._target_": "rules", "model.width": "8"})
     with pytest.raises(DataError, match=r"model\.width is absent"):
         chosen(recorder, where, sweeps=["main"]).rivals()

@@ -423,7 +423,7 @@ def test_a_page_calls_a_setting_best_only_with_what_its_difference_is_worth(
 ) -> None:
     ranked = [(label, Estimate(mean), str(mean), difference) for label, mean, difference in rows]
     starred = any(difference.endswith("*") for *_, difference in rows)
-    ranking = Ranking(ReportMeasure(catalogue.metric("eval/score")), "spin", tuple(ranked), 0, starred)
+    ranking = Ranking(ReportMeasure(catalogue.metric("eval/score")), "spin", tuple(ranked), 0, starred, 1)
     assert end in ranking.sentence
 
 

@@ -338,7 +338,7 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("suspects/share_plain", "Labels that the policy itself doubts", "plain suspects", "%"),
             Metric("suspects/share_both", "Labels that both doubt", "common suspects", "%"),
             Metric("drift/states", "Drift of hidden states on chosen responses", "drift", "", 4, symbol="Δμ² / var"),
-            Metric("rollout/reward", "Mean score of the responses of a rollout", "reward", "0-100", better="higher"),
+            Metric("rollout/reward", "Mean score of the responses of a rollout", "reward", "0–100", better="higher"),
             Metric("rollout/kl", "Divergence of rollouts from the reference", "rollout KL", "nats", 3),
             Metric("rollout/entropy", "Entropy of the policy's rollouts, per token", "entropy", "nats a token", 3),
             Metric("rollout/flips", "Flipped labels of a rollout", "flips", "%"),

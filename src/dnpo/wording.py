@@ -1,7 +1,7 @@
 """Numbers, and words that depend on a number, as readers see them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LONG = 8  # maximum number of characters of a number that is shown unchanged
 
@@ -93,3 +93,14 @@ def duration(seconds: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def ranges(places: Sequence[int]) -> str:
+    """Format numbers with ranges: 1, 2, 3, 5 as ``1-3, 5``."""
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and place == runs[-1][-1] + 1:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -143,7 +143,7 @@ def _lines(axis: Axes, panel: Panel, looks: Mapping[str, Look], joined: bool) ->
         axis.annotate(
             "human responses",
             (0.99, panel.metric.scale * panel.human),
-            (0, -3),  # below the line, where the panel continues
+            (0, -5),  # below the line, where the panel continues; a descender or an accent must not touch it
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             ha="right",
@@ -287,6 +287,7 @@ def logprob_histogram(logprobs: Path, path: Path, title: str, note: str, stacked
         axis.ticklabel_format(axis="y", scilimits=(-2, 3))  # short numbers leave room for the axis's title
         axis.set_xlabel("log-probability per token, nats" if per_token else "log-probability of the response, nats")
         axis.set_ylabel("density")
+        axis.margins(y=0.35)  # room for the legend above the curves
         axis.legend(frameon=False, fontsize=8, loc="upper left")
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("\n".join(textwrap.wrap(title, 52)) if stacked else title, fontsize=9.5 if stacked else 11)

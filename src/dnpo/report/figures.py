@@ -104,7 +104,9 @@ def over_iterations(
             axis.annotate(
                 "human responses",
                 (0.99, scale * human),
+                (0, 2),  # above the line, which would cut the descender of the p
                 xycoords=("axes fraction", "data"),
+                textcoords="offset points",
                 ha="right",
                 va="bottom",
                 color=HUMAN,

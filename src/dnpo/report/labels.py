@@ -43,7 +43,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Some pairs of one iteration of one run, and how many pairs and flips the iteration had."""
+    """Some pairs of one iteration of one run, and how many pairs and flips the iteration had.
+
+    Attributes:
+        label: the run's group and seed; "" for the only run.
+    """
 
     label: str
     iteration: int
@@ -58,7 +62,7 @@ def examples(groups: Groups, single: bool) -> list[Examples]:
     for group in groups.groups:
         for member in group.members if groups.branching or single else group.members[:1]:
             if member.run.seed == group.members[0].run.seed:
-                result += _of_run(member, "" if single else group.label, single)
+                result += _of_run(member, "" if single else f"{group.label}, seed {member.run.seed}", single)
     return result
 
 

@@ -143,7 +143,8 @@ def costs(runs: Sequence[TrackedRun]) -> dict[str, Any]:
     finished = [run for run in runs if is_complete(run)]
     kinds: dict[str, dict[str, Any]] = {}
     seen: set[str] = set()
-    for run in finished:
+    # the run with the most stages first, so that a kind that other runs lack has its place in time too
+    for run in sorted(finished, key=lambda run: -len(run.summary.get("stages", []))):
         for each in run.summary.get("stages", []):
             name = each["title"].rpartition(" · ")[2]
             kind = kinds.setdefault(name, {"computed": 0, "reused": 0, "seconds": None})

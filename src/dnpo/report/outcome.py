@@ -92,6 +92,7 @@ class Ranking:
         rows: for each its label, the mean with its interval, the mean as text, and the difference from the baseline.
         more: number of settings that are not among the rows.
         significant: whether the difference of any setting, among the rows or not, is.
+        tests: number of tests, over which p-values are corrected.
     """
 
     measure: ReportMeasure
@@ -99,6 +100,7 @@ class Ranking:
     rows: tuple[tuple[str, Estimate, str, str], ...]
     more: int
     significant: bool
+    tests: int
 
     @property
     def sentence(self) -> str:
@@ -138,7 +140,8 @@ def rank(groups: Groups, compared: Sequence[MeasureComparison]) -> Ranking | Non
         rows.append((row.label, shown.cell.estimate, shown.text, difference.text if difference else ""))
     rows.sort(key=lambda entry: entry[1].value, reverse=metric.better == "higher")
     significant = any(difference.endswith("*") for *_, difference in rows)
-    return Ranking(each.measure, each.baseline, tuple(rows[:MOST_RANKED]), max(len(rows) - MOST_RANKED, 0), significant)
+    more, tests = max(len(rows) - MOST_RANKED, 0), each.differences.tests if each.differences else 0
+    return Ranking(each.measure, each.baseline, tuple(rows[:MOST_RANKED]), more, significant, tests)
 
 
 def _numbers(shown: Sequence[Group], groups: Groups, measure: ReportMeasure) -> str:

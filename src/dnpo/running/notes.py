@@ -17,7 +17,7 @@ from dnpo.stats.overoptimised import LEARNS_FROM, describe_overoptimisation
 from dnpo.stats.table import markdown
 from dnpo.tracking.client import strip_password
 from dnpo.tracking.paths import change_paths, last_part, override_from_here
-from dnpo.wording import plural
+from dnpo.wording import duration, plural
 
 if TYPE_CHECKING:
     from dnpo.report.comparison import MeasureComparison
@@ -136,7 +136,7 @@ def describe_results(summary: Mapping[str, Any], folder: Path, run: str) -> str:
         *([f"- {escape(describe_sources(summary['sources']))}."] if "sources" in summary else []),
         *(f"- {each}" for each in _sentences(summary)),
         *(f"- The judge {escape(sentence(entry))}." for entry in summary["judge_agreement"]),
-        f"- It took {summary['seconds']:,.0f} s; computing its stages took {seconds:,.0f} s.",
+        f"- Up to this note it took {duration(summary['seconds'])}; computing its stages took {duration(seconds)}.",
         f"- Models: {escape(folder / 'models')}, one folder for each policy, ready to load.",
     ]
     drawn = f"dnpo report {run}\ndnpo figures all runs={run}"
@@ -190,7 +190,7 @@ def _sentences(summary: Mapping[str, Any]) -> list[str]:
     if human is not None:
         caution = ", so a rise of these scores alone is no evidence" if summary["labelled_by"] == "same" else ""
         sentences.append(
-            f"Scores are the judge's mean on sampled answers, 0-100; the human responses have "
+            f"Scores are the judge's mean on sampled answers, 0–100; the human responses have "
             f"{metric('eval/score_human').format(human)}. "
             f"Here {LEARNS_FROM[summary['labelled_by']]}{caution}."
         )
