@@ -265,7 +265,10 @@ def _problem_of_control(claim: Claim, control: Claim) -> str:
     if claim.margin >= claim.sesoi:
         return f"margin is {claim.margin:g}; it must be below the smallest effect of interest, {claim.sesoi:g}"
     if control.control or control.role == "check":
-        return f"control {control.id} must have a role and show an effect, not non-inferiority"
+        return (
+            f"control {control.id} must be a primary or secondary claim with an effect: neither a "
+            "check, nor itself a claim of non-inferiority"
+        )
     assay = ("sweep", "measure", "arguments")
     differing = [name for name in assay if getattr(claim, name) != getattr(control, name)]
     return f"control {control.id} has another {' and '.join(differing)}" if differing else ""

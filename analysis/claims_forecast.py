@@ -29,9 +29,12 @@ COLUMNS = (
 )
 TEXTS = ("", "claim", "role", "unit")  # the other columns are aligned to the right
 EXPLAINED = (
-    f"Forecast and reached: the effect that is found (supported or contradicted) in {round(100 * POWER)} % of cases at "
-    "the strictest level of the correction, by the variances of the pilot and by those of the claims' own runs. It can "
-    "be far larger than the half-width, since a smaller effect would be negligible instead. Ratio: reached / "
+    f"Forecast: the smallest effect that is found (supported or contradicted) in {round(100 * POWER)} "
+    f"% of cases at the "
+    "strictest level of the correction, from the pilot's variances. Reached: the same from the "
+    "claims' own runs. It can "
+    "be far larger than the half-width of the interval, since an effect whose whole interval lies within the SESOI "
+    "counts as negligible. Ratio: reached / "
     "forecast. Power: by the forecast, the probability that an effect of the measured size is found."
 )
 
@@ -181,10 +184,14 @@ def describe(forecasts: Forecasts, rows: Sequence[Row], results: Sequence[Result
         if not row.as_planned:
             of = size(row.forecast.seeds, row.forecast.prompts)
             notes.append(
-                (row.place, f"not counted below, because it was planned for {of} and measured on other numbers")
+                (
+                    row.place,
+                    f"not counted below, because it was planned for {of} and measured on other "
+                    f"numbers of seeds or prompts",
+                )
             )
         elif row.ratio is None:
-            notes.append((row.place, "nothing varies, so there is no detectable effect that was reached"))
+            notes.append((row.place, "nothing varies in the runs, so no detectable effect can be computed"))
     return [*said, *remarks_by_text(notes), conclude(rows)]
 
 

@@ -190,7 +190,7 @@ def correlation(steps: Sequence[Row], first: str, second: str, detrended: bool =
     if detrended:
         x, y = _detrend(x, weights), _detrend(y, weights)
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        raise DataError(f"{first} and {second} need three steps or more, and to change over them")
+        raise DataError(f"{first} and {second} need at least three training steps, and must vary over them")
     covariance = np.cov(x, y, aweights=weights)
     return float(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]))
 
@@ -233,7 +233,7 @@ def _epochs(steps: Sequence[Row], name: str, epochs: int) -> tuple[Any, Any]:
     """A metric and the rows of its steps as arrays, epochs × steps."""
     series = _series(steps, name)
     if epochs < 2 or len(series) % epochs or len(series) < 2 * epochs:
-        raise DataError(f"{len(series)} training steps are not {epochs} epochs of two steps or more")
+        raise DataError(f"{len(series)} training steps cannot be divided into {epochs} epochs of at least two steps")
     return series.reshape(epochs, -1), _weights(steps, name).reshape(epochs, -1)
 
 

@@ -25,9 +25,15 @@ def make_parser(module: str, verb: str, description: str, seeds: str) -> argpars
         default=default_uri(),
         help="MLflow tracking store (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)",
     )
-    options.add_argument("--experiment", default="dnpo", help="its experiment (%(default)s)")
+    options.add_argument("--experiment", default="dnpo", help="MLflow experiment (default: %(default)s)")
     options.add_argument("--claims", type=Path, default=FILE, metavar="FILE", help="the file of claims")
-    options.add_argument("--out", type=Path, default=Path("claims"), metavar="FOLDER", help="results (%(default)s)")
+    options.add_argument(
+        "--out",
+        type=Path,
+        default=Path("claims"),
+        metavar="FOLDER",
+        help="folder of the results (default: %(default)s)",
+    )
     options.add_argument("--seeds", help=seeds)
     options.add_argument(
         "--tag", action="append", default=[], metavar="NAME=VALUE", help="a tag or setting that runs must have"

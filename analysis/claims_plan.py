@@ -87,8 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     seeds = "seeds of the pilot, such as 0,1,2 (default: all that are tracked)"
-    options = make_parser("analysis.claims_plan", "claims plan", "What the seeds of the claims can find.", seeds)
-    options.add_argument("--effect", type=float, help="the effect to find, in each claim's unit (default: its sesoi)")
+    options = make_parser("analysis.claims_plan", "claims plan", "Which effects the planned seeds can find.", seeds)
+    options.add_argument(
+        "--effect",
+        type=float,
+        help="the effect to find, in each claim's unit (default: sesoi, its smallest effect of interest)",
+    )
     options.set_defaults(exploratory=True)  # a pilot is exploratory
     return options
 

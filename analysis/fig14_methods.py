@@ -84,7 +84,7 @@ def make(runs: Runs) -> DrawnFigure:
         "certainly off the front"
     )
     notes = (
-        "hollow, in the rows of score and accuracy: certainly off the front: another method is better in one of the "
+        "hollow (rows of score and accuracy): certainly off the front, since another method is better in one of the "
         f"panel's two quantities and not worse in the other. Differences of up to {100 * POINTS:g} point, or "
         f"{100 * SHARE:g} % of a cost or KL, count as equal (one-sided paired t tests with Bonferroni's correction "
         "over the other methods); filled: all others",

@@ -80,7 +80,8 @@ def make(runs: Runs) -> DrawnFigure:
         rows,
         "Differences in points after the last iteration, with 95 % t intervals over items and seeds, paired; *: p ≤ "
         f"0.05 after Holm's correction over {len(rows)} comparisons",
-        "orange: worse, purple: better; σ: gradient weight of the second method's loss, near 0 where it is saturated",
+        "orange: worse, purple: better; σ: gradient weight of the loss of the method after the minus "
+        "sign, near 0 where it is saturated",
     )
     key = f"negligible: the interval lies within ±{NEGLIGIBLE:g} point"
     panels[0].scatter([], [], marker="s", facecolors="none", edgecolors=INK, linewidths=0.9, label=key)

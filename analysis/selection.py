@@ -313,7 +313,9 @@ def refuse_judges(runs: Sequence[TrackedRun]) -> None:
     judges = Counter(str(_judge_in_force(run)) for run in runs)
     if len(judges) > 1:
         shown = ", ".join(f"{judge} ({plural(count, 'run')})" for judge, count in judges.most_common(SHOWN))
-        raise DataError(f"runs measured by different judges in one comparison: {shown}; give all +judge@eval.judge=…")
+        raise DataError(
+            f"runs measured by different judges in one comparison: {shown}; run them with the same +judge@eval.judge=…"
+        )
 
 
 def _judge_in_force(run: TrackedRun) -> dict[str, str]:
@@ -417,7 +419,7 @@ def _explain_unknown(differing: Mapping[str, Sequence[TrackedRun]]) -> str:
             unknown.append(name)
     if not unknown:
         return ""
-    return f". This version of dnpo does not know {', '.join(unknown)}: the version of the newest runs can compare them"
+    return f". This version of dnpo does not know {', '.join(unknown)}; install the version that made the newest runs"
 
 
 def refuse_unlike(runs: Sequence[TrackedRun], name: Callable[[TrackedRun], str] | None = None) -> list[str]:

@@ -97,7 +97,7 @@ def test_claims_that_are_only_planned_or_only_measured_are_named() -> None:
     assert notes == [
         "2: measured, without a forecast.",
         "3: forecast, but not measured.",
-        "1: not counted below, because it was planned for 5 and measured on other numbers.",
+        "1: not counted below, because it was planned for 5 and measured on other numbers of seeds or prompts.",
     ]
     assert last == conclude(rows)
 
@@ -209,7 +209,10 @@ def test_a_forecast_of_something_else_is_refused(
     assert claims.main([*taken, "--forecast", str(file)]) == 0
     text = (planned / "taken" / "forecast.md").read_text()
     assert "| supported (exploratory) |" in text
-    assert f"1: not counted below, because it was planned for 4 × {PROMPTS} and measured on other numbers." in text
+    assert (
+        f"1: not counted below, because it was planned for 4 × {PROMPTS} and measured on other "
+        f"numbers of seeds or prompts." in text
+    )
     assert text.rstrip().endswith("No claim was measured on the planned numbers of seeds and prompts.")
 
 

@@ -338,7 +338,7 @@ def test_tests_that_compare_objects_of_the_answer_are_refused(tests: str) -> Non
     if objection is not None and "isolation=none" in objection:
         pytest.skip(objection)
     assert objection is not None
-    assert objection.startswith("the answer of row, line ")
+    assert objection.startswith("the tests of row, line ")
     assert "the answer would decide; compare their attributes, or str() or repr()" in objection
     assert judge.accepts([Prompt("row", [], NAMED, answer=tests)]) is None
     assert judge.accepts([Prompt("row", [], "I do not know.", answer=tests)]) is None  # it tells nothing

@@ -73,8 +73,8 @@ def test_wrong_settings_are_named(overrides: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("scale=smoke", "scale: the settings of evaluate have no such place; leave scale=smoke out"),
-        ("dsl=off", "dsl: the settings of evaluate have no such place; leave dsl=off out"),
+        ("scale=smoke", "scale: the settings of evaluate have no such part; leave scale=smoke out"),
+        ("dsl=off", "dsl: the settings of evaluate have no such part; leave dsl=off out"),
         ("+scale=smoke", "+scale=smoke: sets trainer, which the settings of evaluate do not have"),
     ],
 )

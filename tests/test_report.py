@@ -294,7 +294,10 @@ def test_scores_are_doubted_only_where_training_learns_from_their_judge(lab: Lab
     for method, labelled_by in {"dnpo": "same", "spa": "other", "spin": "nobody"}.items():
         tags = {"dnpo.method": method, "dnpo.dsl": "score"}
         lab.run(f"method={method}", table, tags=tags, sweep="all", summary={"labelled_by": labelled_by})
-    doubt = "learns from the judge that gives the scores above; a rise of these scores alone is no evidence."
+    doubt = (
+        "learns from the judge that gives the scores above; a rise of these scores alone is no "
+        "evidence of better answers."
+    )
     assert f"Training {doubt}" in lab.page("one")[1].text
     assert "no evidence" not in lab.page("other")[1].text
     assert "no evidence" not in lab.page("none")[1].text

@@ -148,10 +148,11 @@ def test_noise_that_never_starts_is_reported(tmp_path: Path) -> None:
     done = train(tmp_path, *SMOKE, "method=ipo", "npo=trainable", "plan=true")
     assert done.returncode == 0
     assert done.stderr == (
-        "warning: npo.start=1: the run has iterations=1, numbered from 0, so it never uses them; npo.start=0 starts at "
-        "once\n"
+        "warning: npo.start=1: the run has iterations=1, numbered from 0, so it never begins; give at most 0\n"
     )
     assert train(tmp_path, *SMOKE, "method=ipo", "npo=trainable", "npo.start=0", "plan=true").stderr == ""
+    both = train(tmp_path, *SMOKE, "acts_from=9", "plan=true").stderr
+    assert "so they never begin; give at most 1 (acts_from=… sets both)" in both
 
 
 # --- sharing

@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_sampling(parser)
     parser.add_argument("--against", metavar="K", help="a second policy of the run, sft or a number")
+    parser.add_argument("--ledger", type=Path, default=Path("ledger.sqlite"), help="file of judge calls (%(default)s)")
     given = parse(parser, arguments)
     try:
         _talk(given)

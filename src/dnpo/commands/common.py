@@ -260,7 +260,7 @@ def _explain_absent(group: str, config: str, arguments: Sequence[str]) -> str:
         except HydraException:
             fits = False
     if not fits:
-        return f"{group}: the settings of {config} have no such place; leave {chosen} out"
+        return f"{group}: the settings of {config} have no such part; leave {chosen} out"
     return f"{group}: none of its options is chosen by default; give +{group}=…"
 
 

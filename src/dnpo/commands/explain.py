@@ -47,10 +47,11 @@ def show(config: str, usage: str, arguments: Sequence[str]) -> None:
     width = max(LEAST, min(MOST, shutil.get_terminal_size().columns - 1))
     tree, choices = _compose(config, arguments)
     file = conf_folder() / f"{config}.yaml"
-    say(f"usage: {usage} [PLACE=OPTION | SETTING=VALUE] …\n")
+    say(f"usage: {usage} [PART=OPTION | SETTING=VALUE] …\n")
     say(textwrap.fill(_purpose(file), width, break_on_hyphens=False))
-    advice = "Options before --help are explained in place of the default ones."
-    say(textwrap.fill(advice, width))
+    if choices:
+        advice = f"To see the settings of another option, give it before --help: {usage} PART=OPTION --help"
+        say(textwrap.fill(advice, width, break_on_hyphens=False))
     firsts = {name: value[0] if isinstance(value, list) and value else value for name, value in tree.items()}
     parts = {name: tree[name] for name, first in firsts.items() if _is_part(first)}
     comments = _comments(file)

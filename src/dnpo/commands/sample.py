@@ -57,7 +57,6 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=0, help="of a response; by default the run's")
     parser.add_argument("--seed", type=int, default=0, help="decides the samples (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
-    parser.add_argument("--ledger", type=Path, default=Path("ledger.sqlite"), help="file of judge calls (%(default)s)")
 
 
 def announce_policies(given: argparse.Namespace, iterations: Sequence[str | None]) -> None:

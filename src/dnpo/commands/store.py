@@ -46,7 +46,7 @@ def _fail(message: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=program("dnpo.store", "store"),
-        description="List the finished stages of runs, check their files, or remove them.",
+        description="List, verify, remove or publish the finished stages of runs.",
     )
     commands = parser.add_subparsers(required=True, metavar="list|verify|remove|publish")
     listing = commands.add_parser("list", help="sizes, what made each stage, and which tracked runs need it")

@@ -233,9 +233,10 @@ def warn_of_late_starts(settings: Mapping[str, Any]) -> None:
     asked = {name: start for name, start in starts.items() if settings[name]["_target_"] != ABSENT[name]["_target_"]}
     late = [f"{name}.start={start}" for name, start in asked.items() if start >= settings["iterations"]]
     if late:
+        never, both = ("they never begin", " (acts_from=… sets both)") if len(late) > 1 else ("it never begins", "")
         say(
-            f"warning: {' and '.join(late)}: the run has iterations={settings['iterations']}, numbered from 0, so it "
-            f"never uses them; {late[0].partition('=')[0]}=0 starts at once",
+            f"warning: {' and '.join(late)}: the run has iterations={settings['iterations']}, numbered from 0, so "
+            f"{never}; give at most {settings['iterations'] - 1}{both}",
             error=True,
         )
 

@@ -54,10 +54,11 @@ class Evaluation:
         sequences: number of the iteration's pairs whose log-probabilities are kept; each of their prompts gets one
             fresh sample. The Kolmogorov-Smirnov distance compares the pairs whose fresh sample differs from the human
             response; with few pairs a small distance cannot be told from chance: with 1,200 it must exceed 0.055.
-        texts: compares new texts with the positive samples, in a separate stage; None: no comparison.
+        texts: what compares new texts with the chosen responses to the same prompts, in a separate stage; None:
+            nothing does.
         leaderboard: benchmarks by lm-eval for every policy, in a separate stage; None: no benchmarks.
         measures: further measures by name, each in a separate stage.
-        judge: gives the scores; None: the judge that labels pairs gives them, if its scores measure quality.
+        judge: the judge that gives the scores; None: the judge that labels pairs, if its scores measure quality.
         initial: whether to estimate the KL divergence from the initial policy, in a separate stage.
     """
 

@@ -61,8 +61,8 @@ class Logistic:
     Args:
         beta: preference temperature.
         smoothing: the expected share of wrong labels.
-        xi_min: where σ(margin) − shift is below this, the loss of a pair with a shift is replaced by its tangent; pairs
-            without a shift have no such limit.
+        xi_min: where σ(margin) − shift is below this, the loss of a pair with a shift (of curriculum=robust) is
+            replaced by its tangent; pairs without a shift have no such limit.
     """
 
     beta: Positive
@@ -467,7 +467,7 @@ class Optimisation:
         batch_size: maximum number of rows in a policy step; the steps of an epoch differ by at most one row.
         micro_batch_size: maximum number of rows that go through the model at once; 0: the whole batch. It changes only
             memory and rounding; later samples may differ because of the rounding.
-        optimizer: the policy's optimizer, without its parameters; fused if torch supports it, unless set otherwise.
+        optimizer: the policy's optimizer and its settings; fused if torch supports it, unless set otherwise.
         warmup: share of the policy steps over which the learning rate rises from 0.
         decay: whether the learning rate then falls linearly to 0; otherwise it is constant.
         clip: maximum gradient norm, of the policy and of the noise each; 0: no clipping.

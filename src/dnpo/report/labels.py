@@ -189,7 +189,10 @@ def _caution(groups: Groups) -> str:
     if not own:
         return ""
     whose = "Training" if len(own) == len(groups.groups) else f"The training of {', '.join(own)}"
-    return f"{whose} learns from the judge that gives the scores above; a rise of these scores alone is no evidence."
+    return (
+        f"{whose} learns from the judge that gives the scores above; a rise of these scores alone "
+        f"is no evidence of better answers."
+    )
 
 
 def _name_judge(run: TrackedRun) -> str:

@@ -78,8 +78,9 @@ class KeptPolicy:
         name = self.best_by or default_metric(rows)
         if not has(rows[-1], name):
             raise SettingsError(
-                f"best_by={name}: the policy after {_place(rows[-1])} has no such number; choose another metric of the "
-                "table in the summary.json of a run without keep=best and patience. Finished stages are kept"
+                f"best_by={name}: the policy after {_place(rows[-1])} has no such number; choose one that every "
+                "policy has: the table in the summary.json of a run without keep=best and patience lists them. "
+                "Finished stages are kept"
             )
         return name
 

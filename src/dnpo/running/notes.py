@@ -188,7 +188,11 @@ def _sentences(summary: Mapping[str, Any]) -> list[str]:
     sentences = []
     human = next((row["eval/score_human"] for row in table if _has(row, "eval/score_human")), None)
     if human is not None:
-        caution = ", so a rise of these scores alone is no evidence" if summary["labelled_by"] == "same" else ""
+        caution = (
+            ", so a rise of these scores alone is no evidence of better answers"
+            if summary["labelled_by"] == "same"
+            else ""
+        )
         sentences.append(
             f"Scores are the judge's mean on sampled answers, 0–100; the human responses have "
             f"{metric('eval/score_human').format(human)}. "

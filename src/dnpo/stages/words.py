@@ -55,8 +55,8 @@ def check_trainings(run: Run) -> None:
     for name, how in run.trainings():
         if how.measures and how.parallel == "sharded":
             raise SettingsError(
-                f"{name}.{how.asked}: measures the loss on held-out rows in one process, and each process has a part "
-                f"of the weights; take {name}.parallel=replicated"
+                f"{name}.{how.asked}: needs all weights in one process to measure the loss on held-out rows, and each "
+                f"process has only a part; take {name}.parallel=replicated"
             )
         if how.compile and kind is not None:
             raise SettingsError(

@@ -35,7 +35,7 @@ class MLflow:
 
     Args:
         uri: address of the tracking store; a relative ``sqlite:///file`` lies in the working directory.
-        experiment: its name.
+        experiment: name of the MLflow experiment.
         artifacts: artefact folder of a new experiment if the store is a local database; null for the server's default.
         batch: number of metrics sent at once.
     """

@@ -234,7 +234,7 @@ class Database:
 
     Args:
         uri: as in ``tracking.uri``.
-        experiment: its name.
+        experiment: name of the MLflow experiment.
 
     Raises:
         TrackingError: there is no such store, or it has no such experiment.

@@ -102,8 +102,9 @@ def _upgrade(file: Path, aside: Path) -> None:
 
     if _has_runs_in_progress(file):
         raise TrackingError(
-            f"tracking.uri={SQLITE}{file}: a run is being tracked there by another MLflow than this one ({VERSION}), "
-            f"which has other tables; wait until it has ended, or {OTHER}"
+            f"tracking.uri={SQLITE}{file}: a run is being tracked there by another version of MLflow, "
+            f"whose tables differ "
+            f"from those of the one here ({VERSION}); wait until that run has ended, or {OTHER}"
         )
     if not _has(file, "experiments"):
         raise TrackingError(f"tracking.uri={SQLITE}{file}: it is not a database of MLflow; {OTHER}")

@@ -118,7 +118,9 @@ class UnitTests(Checker):
         for prompt, found in seem[:TRIED]:
             _, reason = self.check(str(prompt.answer), prompt.human)
             if COMPARED.search(reason):
-                return f"the answer of {prompt.id}, {found}, which no answer could pass: {reason}"
+                return (
+                    f"the tests of {prompt.id}, {found}, which no response could pass: {reason}; or leave the row out"
+                )
         return None
 
     def canary(self, ledger: Ledger) -> Canary | None:
@@ -161,7 +163,7 @@ class UnitTests(Checker):
 
     def _refusal(self, problem: str) -> str:
         if self.isolation == "none":
-            return f"judge.isolation=none: {problem}; start the run without it, or isolate (judge.isolation=auto)"
+            return f"judge.isolation=none: {problem}; mend this, or isolate (judge.isolation=auto)"
         return (
             f"judge.isolation={self.isolation}: this system does not isolate answers ({problem}); allow namespaces, "
             "or install bubblewrap, or set judge.isolation=none if there is nothing to lose: answers can then read "

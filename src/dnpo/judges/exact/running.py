@@ -207,4 +207,6 @@ def _try(how: Isolation) -> str | None:
     if ended.passed:
         return None
     kind, _, names = ended.reason.partition("AssertionError: ")
-    return f"an answer could read {names} in the environment of a process of this user" if names else kind
+    return (
+        f"an answer could read {names} in the environment of a process of this user (unset it there)" if names else kind
+    )

@@ -27,7 +27,8 @@ class ClippedRatio:
     Args:
         beta: weight of the log-ratio in the reward; the best policy is π_ref · exp(reward / β), normalised. 0: no
             reference is read.
-        clip: ε. Once a token's ratio differs from 1 by more than this, it has no gradient away from 1; 0: no limit.
+        clip: ε. Once a token's ratio differs from 1 by more than this, it gets no gradient that moves it further;
+            0: no limit.
         value_clip: a value that has moved towards its target by more than this since the policy responded has no
             gradient; 0: no limit.
         value_learning_rate: constant learning rate of Adam for the value head; 0: there is no value head, and all

@@ -167,7 +167,7 @@ def disk(kept: int, passing: int, optional: int, folder: Path, free: int | None 
     text = f"the run writes about {format_bytes(need)} (an estimate), of which "
     text += f"{format_bytes(passing)} only temporarily"
     if optional:
-        text += f", and {format_bytes(optional)} of hidden states if there is room"
+        text += f", and in addition {format_bytes(optional)} of hidden states if there is room"
     text += f"; {format_bytes(free)} free"
     setting = "store=… (another disk), iterations, model.lora.rank, npo.cache_hidden=off"
     if need > free:
