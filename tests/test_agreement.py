@@ -20,6 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from rich.console import Console as RichConsole
 from scipy.stats import bootstrap
+from scipy.stats import t as student
 
 from dnpo.commands import agreement as command
 from dnpo.errors import DataError, JudgeError
@@ -304,6 +305,17 @@ def test_intervals_equal_scipys() -> None:
         assert middle is not None
         assert high is not None
         assert low < middle < high
+
+
+@pytest.mark.parametrize("rows", [1, 12, 43])
+def test_a_share_of_none_or_all_is_not_certain(rows: int) -> None:
+    """Resamples of equal rows are equal; Wilson's interval says how little a few rows tell."""
+    none, every = np.zeros(rows), np.ones(rows)
+    found = estimates({"none": share(none, every, ""), "all": share(every, every, "")}, rows, 50, 0)
+    assert (found["none"].value, found["none"].low) == (found["all"].value - 1, 0.0) == (0.0, 0.0)
+    t = student.ppf(0.975, max(rows - 1, 1))
+    assert found["none"].high == pytest.approx(t**2 / (rows + t**2), rel=1e-9)
+    assert found["all"].low == pytest.approx(rows / (rows + t**2), rel=1e-9)
 
 
 def test_intervals_are_repeatable_and_joint(monkeypatch: pytest.MonkeyPatch) -> None:

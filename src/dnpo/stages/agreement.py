@@ -18,7 +18,7 @@ from dnpo.settings import part_key
 from dnpo.store import MANIFEST, Report, Stage, Store, manifest, write_json
 from dnpo.tables import read, write
 
-STAGE, VERSION = "agreement", 1
+STAGE, VERSION = "agreement", 2
 POINTS = "points.json"
 
 

@@ -7,11 +7,13 @@ Shapes: S samples, R rows, V persons, C categories, N responses.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from dnpo.stats.intervals import Mean
 
 CATEGORIES = ("A", "B", "tie")
 A, B, TIE = range(3)
@@ -30,11 +32,13 @@ class AgreementMeasure:
         of: computes values (shape S) from weights (S × R); NaN if the measure is not defined.
         rows: number of rows that the measure uses.
         undefined: the reason to report if the measure is not defined.
+        is_share: whether it is a share of rows, which has an interval even if all resamples are equal.
     """
 
     of: Callable[[Array], Array]
     rows: int
     undefined: str
+    is_share: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def ratio(over_R: Any, under_R: Any, undefined: str) -> AgreementMeasure:
 
 def share(hit_R: Any, among_R: Any, undefined: str) -> AgreementMeasure:
     """The share of hits (0 to 1 for each row) among some of the rows."""
-    return ratio(np.where(among_R, hit_R, 0.0), among_R, undefined)
+    return replace(ratio(np.where(among_R, hit_R, 0.0), among_R, undefined), is_share=True)
 
 
 def cohen(one_R: Labels, other_R: Labels) -> AgreementMeasure:
@@ -256,7 +260,7 @@ def estimates(
     """Estimate every measure with a percentile bootstrap interval over rows (Efron 1979), on the same resamples.
 
     If a measure is not defined in some resamples, the interval uses the other resamples; if these are fewer than 95 %
-    of all, there is no interval.
+    of all, there is no interval. A share of 0 or 1 has Wilson's interval, since all its resamples are equal.
     """
     rng = np.random.default_rng(seed)
     size = max(BATCH // rows, 1)
@@ -279,4 +283,7 @@ def _estimate(measure: AgreementMeasure, value: float, drawn_S: Array, level: fl
         return AgreementEstimate(value, rows=measure.rows, reason="no interval: not defined in many of the resamples")
     tail = 50 * (1 - level)
     low, high = np.percentile(defined, [tail, 100 - tail])
+    if measure.is_share and low == high and value in (0.0, 1.0):  # none or all of the rows: resamples cannot differ
+        wilson = Mean(value, 0.0, measure.rows - 1).share(measure.rows)
+        return AgreementEstimate(value, wilson.low, wilson.high, measure.rows)
     return AgreementEstimate(value, float(low), float(high), measure.rows)
