@@ -172,7 +172,9 @@ def test_a_run_from_before_a_setting_counts_with_its_default(recorder: Recorder)
     assert "comparison: sft.keep is last (2 runs, 1 of them by default), best (1 run). Narrow" in str(error.value)
     recorder.run(SPIN, 0, experiment="newer", params=part)
     recorder.run(DNPO, 0, experiment="newer", params={**part, "sft.unheard_of": "7"})
-    with pytest.raises(DataError, match=r"sft\.unheard_of is absent .* does not know sft\.unheard_of: the version of"):
+    with pytest.raises(
+        DataError, match=r"sft\.unheard_of is absent .* does not know sft\.unheard_of; install the version that"
+    ):
         chosen(recorder, "newer", sweeps=["main"]).chains()
 
 

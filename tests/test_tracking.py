@@ -518,7 +518,7 @@ def test_older_tables_are_changed_in_a_copy_and_the_old_ones_are_kept(
 def test_a_database_that_another_mlflow_is_writing_to_is_not_replaced(older: Path) -> None:
     alive = older.parent / "runs.db.alive"
     alive.mkdir()
-    with FileLock(alive / "a run"), pytest.raises(TrackingError, match="wait until it has ended"):
+    with FileLock(alive / "a run"), pytest.raises(TrackingError, match="wait until that run has ended"):
         database.prepare(f"sqlite:///{older}")
 
 
