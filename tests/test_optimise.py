@@ -924,7 +924,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(make_policy: MakePolicy
 
 def test_a_wrong_learning_rate_is_refused_when_settings_are_read() -> None:
     for wrong in (-1.0, "abc"):
-        with pytest.raises(SettingsError, match=r"trainer\.optimizer: "):
+        with pytest.raises(SettingsError, match=r"trainer\.optimizer\.lr="):
             how(optimizer=torch_optimizer("RMSprop", lr=wrong)).check("trainer")
 
 

@@ -908,7 +908,7 @@ def test_a_real_sweep_shows_its_pictures_pairs_and_lineage(trained: Path, monkey
     one = Page(html(content(select(database, run.id), "")))
     check_harmless(one)
     first, last = (f"{run.row(k)['eval/score']:.1f}" for k in ("SFT", 1))
-    assert f"Judge's score of sampled answers: from {first} to {last} points of 100" in one.text
+    assert f"Judge's score of sampled answers: {first} → {last} points of 100" in one.text
     shown = [pair for pair in pairs if pair["flipped"]][:4] + [pair for pair in pairs if not pair["flipped"]][:2]
     for pair in shown:
         for words in (pair["messages"][-1]["content"], pair["chosen"], pair["rejected"]):

@@ -473,7 +473,7 @@ def test_a_method_is_one_yaml_and_one_small_module(finished: Path) -> None:
         (["data.test=2000"], r"data\.test\b"),
         (["data=jsonl", "data.pth=x"], r"data\.pth: .*data\.path"),
         (["device=gpu"], "device=gpu: .*auto, cpu, cuda or cuda:N"),
-        (["trainer.optimizer.lr=-1"], r"trainer\.optimizer: .*-1"),
+        (["trainer.optimizer.lr=-1"], r"trainer\.optimizer\.lr=-1: "),
         (["tracking=mlflow", "tracking.uri=postgresql://x"], r"tracking\.uri=postgresql://x: "),
         (["store=/dev/null/x"], "store=/dev/null/x"),
         (["data.max_prompt_tokens=2"], r"data\.max_prompt_tokens\b"),

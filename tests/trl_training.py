@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def compare_run(folder: Path) -> dict[str, float]:
     settings = max(folder.glob("outputs/*/*/summary.json"), key=lambda path: path.stat().st_mtime_ns)
     tree = json.loads(settings.read_text())["settings"]
     parts = {"model": {name: value for name, value in tree["model"].items() if name != CONTENTS}}
-    model, how = (build(name, check(name, parts.get(name, tree[name]))) for name in ("model", "trainer"))
+    with chdir(folder):  # paths in the settings are relative to it
+        model, how = (build(name, check(name, parts.get(name, tree[name]))) for name in ("model", "trainer"))
     seed = derive(made["settings"]["seed"], "optimise", 0)
 
     def load(at: Path) -> Policy:
