@@ -540,8 +540,8 @@ MUTATIONS = (
     Mutation(
         "neutral settings are in the key",
         "settings.py",
-        "for each in _parameters(kind) if each not in gone}",
-        "for each in _parameters(kind)}",
+        "for each in setting_names(kind) if each not in gone}",
+        "for each in setting_names(kind)}",
         "test_building.py",
     ),
     Mutation(

@@ -26,7 +26,7 @@ from dnpo.commands.explain import describe
 from dnpo.commands.grammar import Parser, find_dashes, parse
 from dnpo.commands.verbs import VERBS
 from dnpo.errors import SettingsError
-from dnpo.settings import _parameters, is_part, locate
+from dnpo.settings import is_part, locate, setting_names
 from tests.commands import SMOKE, TINY, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,8 +175,8 @@ def test_the_docstring_of_every_part_in_conf_describes_each_of_its_settings() ->
         for target in targets:
             if str(target).startswith("dnpo."):
                 part = locate("part", str(target))
-                lacking += [(target, name) for name in _parameters(part) if not describe(part).get(name)]
-                words = [text for name, text in describe(part).items() if name in _parameters(part)]
+                lacking += [(target, name) for name in setting_names(part) if not describe(part).get(name)]
+                words = [text for name, text in describe(part).items() if name in setting_names(part)]
                 alike |= {(target, text) for text in words if words.count(text) > 1}
                 assert not re.search(r"\bNone\b", " ".join(describe(part).values())), "settings say null"
     assert sorted(set(lacking)) == []
@@ -413,7 +413,16 @@ def test_a_file_with_an_equals_sign_is_a_file(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("ou=x", "Did you mean out?"), ("apply=perhaps", "apply=true or apply=false"), ("seed=1", "no setting seed here")],
+    [
+        ("ou=x", "Did you mean out?"),
+        ("apply=perhaps", "apply=true or apply=false"),
+        ("seed=1", "no setting seed here"),
+        ("--seed", "--seed: settings are written without dashes, and there is no setting seed here."),
+        (
+            "--tagg=1",
+            "--tagg=1: settings are written without dashes, and there is no setting tagg here. Did you mean tag?",
+        ),
+    ],
 )
 def test_wrong_settings_are_named(given: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

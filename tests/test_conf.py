@@ -9,12 +9,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+import dnpo
 from dnpo.commands.train import PARTS, build, check_optimizers, check_settings
 from dnpo.errors import SettingsError
 from dnpo.loop import chain
 from dnpo.settings import conf_folder, part_key
 from dnpo.store import Store
 from tests.commands import run_command
+from tests.test_recipes import read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = conf_folder()
@@ -234,3 +236,34 @@ def test_a_part_still_has_the_settings_that_are_in_no_key() -> None:
     assert resolved["trainer"]["micro_batch_size"] == trainer.micro_batch_size == 2
     assert (trainer.share_prompt, trainer.checkpointing, trainer.compile) == (False, True, True)
     assert run.sft.checkpointing
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["sft.epochs=30"], "sft.epochs=30: has no effect while sft.steps=60; add sft.steps=0"),
+        (["trainer.epochs=2", "trainer.steps=9"], "trainer.epochs=2: has no effect while trainer.steps=9; add"),
+        (["trainer.epochs=[2,1]", "trainer.steps=9"], "trainer.epochs=[2,1]: has no effect while trainer.steps=9; add"),
+    ],
+)
+def test_epochs_that_steps_replace_are_refused(given: list[str], said: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        dnpo.compose("scale=smoke", *given)
+    assert said in str(refused.value)
+    dnpo.compose("scale=smoke", *given, *(f"{each.split('.')[0]}.steps=0" for each in given[:1]))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("dsl.by=3", "dsl.by: write +dsl.by=…, since the file of this part does not name it"),
+        ("dsl.bi=3", "dsl.bi: unknown setting. Did you mean dsl.by "),
+        ("trainer.optimizer.betas=[0.9,0.9]", "trainer.optimizer.betas: unknown setting."),
+        ("trainer.optimizer.momentum=0.9", "trainer.optimizer.momentum: write +trainer.optimizer.momentum=…, since"),
+    ],
+)
+def test_a_setting_that_the_file_of_its_part_does_not_name(given: str, said: str, tmp_path: Path) -> None:
+    """A class of one's own, and one of a library."""
+    read_recipe("method").write(tmp_path)
+    done = run_command(tmp_path, "dnpo.train", "--config-dir=conf", "method=brief", "plan=true", given)
+    assert f"error: {said}" in done.stderr

@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -545,3 +546,13 @@ def test_adding_up_a_runs_costs_takes_constant_time(tmp_path: Path) -> None:
         assert [row[3] for row in plan] == ["SEARCH spent USING PRIMARY KEY (run=?)"]
     with Ledger(tmp_path / "ledger.sqlite", "other") as ledger:
         assert ledger.sum_costs() == 0.0
+
+
+def test_the_check_says_at_once_that_no_server_is_there(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with Ledger(tmp_path / "ledger.sqlite", "run") as ledger:
+        finding = canary(judge_at("http://127.0.0.1:9/v1", deadline=20.0), ledger)
+    assert time.monotonic() - began < 10, "it does not try again until the deadline"
+    assert finding.level == "stop"
+    assert "the connection failed" in finding.text
+    assert "judge.base_url" in finding.setting

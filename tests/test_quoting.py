@@ -50,3 +50,9 @@ def test_errors_that_quotes_cannot_fix(argument: str, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert argument in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("setting", ["data.columns={prompt: instruction, response: output}", "rollout=[given, ahead]"])
+def test_a_value_that_the_shell_split_is_shown_whole(setting: str, tmp_path: Path) -> None:
+    done = train(tmp_path, "seed=1", *setting.split(), "plan=true")
+    assert f"the shell has split this value at its spaces; quote it: {shlex.quote(setting)}\n" in done.stderr

@@ -133,6 +133,26 @@ def test_target_that_cannot_be_called(target: str) -> None:
     assert message(lambda: check("dsl", {"_target_": target})).startswith("dsl._target_=")
 
 
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("of_mine.LongrChosen", "(of_mine has no LongrChosen. Did you mean LongerChosen?)"),
+        ("of_mine.LongerChosen.mke", "(of_mine.LongerChosen has no mke. Did you mean make?)"),
+        ("dnpo.dsl.Zzz", "(dnpo.dsl has no Zzz)"),
+        (
+            "nowhere.Thing",
+            "(there is no module nowhere in the current folder, on PYTHONPATH or among installed packages)",
+        ),
+        ("needs_another", "(No module named 'no_such_library')"),
+    ],
+)
+def test_what_an_import_lacks_is_named(target: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "of_mine.py").write_text("class LongerChosen:\n    def make(self):\n        pass\n")
+    (tmp_path / "needs_another.py").write_text("import no_such_library\n")
+    monkeypatch.chdir(tmp_path)
+    assert message(lambda: locate("dsl._target_", target)) == f"dsl._target_={target}: cannot be imported {said}"
+
+
 # --- values -----------------------------------------------------------------------------------------------------------
 
 

@@ -72,7 +72,7 @@ def compose(*overrides: str) -> Settings:
     from omegaconf.errors import OmegaConfBaseException
 
     from dnpo.commands.common import explain
-    from dnpo.commands.options import expand_options
+    from dnpo.commands.options import expand_options, refuse_idle_epochs
     from dnpo.commands.train import STARTING, VARYING, check_settings
     from dnpo.running.secrets import find_secrets
     from dnpo.settings import conf_folder
@@ -88,6 +88,7 @@ def compose(*overrides: str) -> Settings:
     _enter(composed)
     tree = _without_hydra(composed)
     expand_options(tree, composed.hydra, VARYING, STARTING)
+    refuse_idle_epochs(tree, composed.hydra)
     checked = check_settings(tree)
     return Settings(tuple(overrides), {**checked.top, **checked.parts}, composed)
 

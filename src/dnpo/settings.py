@@ -107,7 +107,7 @@ def with_contents(settings: Mapping[str, Any], part: Any, at: str = "") -> dict[
         elif _are_parts(value) and isinstance(inner, Mapping):
             tree[name] = {each: with_contents(some, inner[each], f"{at}.{name}.{each}") for each, some in value.items()}
     if dataclasses.is_dataclass(part) and any(field.metadata.get(IS_PLACE) for field in dataclasses.fields(part)):
-        with named_within({each: f"{at}.{each}" for each in _parameters(type(part))} if "." in at else {}):
+        with named_within({each: f"{at}.{each}" for each in setting_names(type(part))} if "." in at else {}):
             text = json.dumps(part_key(part), sort_keys=True)
         tree[CONTENTS] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return tree
@@ -166,7 +166,7 @@ def part_key(part: Any) -> dict[str, Any]:
 def settings_key(part: Any) -> dict[str, Any]:
     """A part's class and the settings that can change a result, for its ``identity()`` to build on."""
     kind, gone = type(part), neutral_names(type(part))
-    values = {each: _in_key(getattr(part, each)) for each in _parameters(kind) if each not in gone}
+    values = {each: _in_key(getattr(part, each)) for each in setting_names(kind) if each not in gone}
     return {"_target_": _name_in_key(f"{kind.__module__}.{kind.__qualname__}"), **values}
 
 
@@ -248,7 +248,7 @@ def build(name: str, settings: Mapping[str, Any]) -> Any:
         part = target(**values)
     except DnpoError as error:
         raise error if str(error).startswith(name) else type(error)(f"{name}.{error}") from error
-    for setting in _parameters(target):
+    for setting in setting_names(target):
         if not hasattr(part, "identity") and not hasattr(part, setting):
             raise SettingsError(
                 f"{name}._target_={settings['_target_']}: has the setting {setting} but no attribute of this name, so "
@@ -303,12 +303,18 @@ def _bound_settings(target: Callable[..., Any] | None) -> list[str]:
     return [name for name, hint in get_type_hints(target).items() if hint is Bound]
 
 
-def _parameters(kind: Callable[..., Any]) -> list[str]:
+def setting_names(kind: Callable[..., Any]) -> list[str]:
     """The names of a part's settings."""
     if dataclasses.is_dataclass(kind):
         return [field.name for field in dataclasses.fields(kind) if field.init]
     parameters = inspect.signature(kind).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+
+def part_settings(target: Callable[..., Any]) -> list[str]:
+    """The names of the settings of a part, or of a library's class, which has positional parameters too."""
+    plain = inspect.isclass(target) and not dataclasses.is_dataclass(target)
+    return list(inspect.signature(target).parameters) if plain else setting_names(target)
 
 
 def check_values(
@@ -320,7 +326,7 @@ def check_values(
         SettingsError: a setting is unknown, missing, or has the wrong type.
     """
     parameters = inspect.signature(target).parameters
-    keywords = {key: parameters[key] for key in (_parameters(target) if types else parameters)}
+    keywords = {key: parameters[key] for key in (setting_names(target) if types else parameters)}
     inner = [each for each in flat(values) if "." in each and each.split(".")[0] in keywords]
     for key in values:
         if key not in keywords:
@@ -404,10 +410,22 @@ def _import(target: str) -> Any:
     if "" not in sys.path:
         sys.path.append("")
     path, *rest = target.split(".")
-    found: Any = import_module(path)
+    try:
+        found: Any = import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name != path:  # the module exists, and imports another that does not
+            raise
+        places = "in the current folder, on PYTHONPATH or among installed packages"
+        raise ImportError(f"there is no module {path} {places}") from None
     for name in rest:
-        path = f"{path}.{name}"
-        found = getattr(found, name) if hasattr(found, name) else import_module(path)
+        outer, path = path, f"{path}.{name}"
+        try:
+            found = getattr(found, name) if hasattr(found, name) else import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name not in (outer, path):  # outer may be a class
+                raise
+            near = nearest(name, dir(found))
+            raise ImportError(f"{outer} has no {name}{f'.{near}' if NEAR in near else ''}") from None
     return found
 
 

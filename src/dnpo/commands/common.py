@@ -9,7 +9,7 @@ import shlex
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -23,13 +23,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dnpo import __version__, disk, garbage, interrupts
-from dnpo.commands.grammar import HELP, VERSION, find_dashes, program
+from dnpo.commands.grammar import HELP, VERSION, find_dashes, program, take_folder
 from dnpo.commands.naming import run_name
 from dnpo.commands.quoting import explain_unreadable
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import say, tell
 from dnpo.former import up_to_date
-from dnpo.settings import NEAR, check_values, conf_folder, flat, nearest, offer
+from dnpo.settings import NEAR, check_values, conf_folder, flat, locate, nearest, offer, part_settings
 
 if TYPE_CHECKING:
     from dnpo.store import Compute, Store
@@ -168,7 +168,7 @@ def _fail(message: str) -> None:
 def explain(error: Exception, config: str, arguments: Sequence[str]) -> str:
     """Rewrite Hydra's message, with near matches for a key that does not exist."""
     text = str(error).strip()
-    unreadable = explain_unreadable(error)
+    unreadable = explain_unreadable(error, arguments)
     if unreadable is not None:
         return unreadable
     unmerged = re.search(r"^In '(\w+)/([^']+)': .*\nCannot merge DictConfig with ListConfig", text)
@@ -223,7 +223,9 @@ def _list_settings(config: str, arguments: Sequence[str]) -> dict[str, Any]:
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        tree = compose(config, _options(arguments), return_hydra_config=True)
+        folder, others = take_folder(arguments)
+        own = [f"hydra.searchpath=[file://{folder}]"] if folder else []
+        tree = compose(config, [*_options(others, folder), *own], return_hydra_config=True)
     places = {each for each in tree.hydra.runtime.choices if not each.startswith("hydra/")}
     OmegaConf.set_struct(tree, False)
     del tree.hydra
@@ -231,9 +233,15 @@ def _list_settings(config: str, arguments: Sequence[str]) -> dict[str, Any]:
     return dict.fromkeys({name.split(".")[0] for name in settings} | places) | settings
 
 
-def _explain_unknown(key: str, known: Collection[str]) -> str:
+def _explain_unknown(key: str, known: Mapping[str, Any]) -> str:
     """Say that there is no such setting, and advise the option that has it, or settings with similar names."""
-    options = _options_with(key)
+    part, _, name = key.rpartition(".")
+    target = known.get(f"{part}._target_")
+    names = part_settings(locate(f"{part}._target_", target)) if target else []
+    if name in names:
+        return f"{key}: write +{key}=…, since the file of this part does not name it"
+    known = dict.fromkeys(f"{part}.{each}" for each in names) | dict(known)
+    options = [] if names and "." in part else _options_with(key)  # an option's file names inner parts as a whole
     if options:
         part = key.partition(".")[0]
         return (
@@ -296,12 +304,17 @@ def _has_setting(file: Path, name: str) -> bool:
     return first in content or any(_has_setting(file.with_name(f"{each}.yaml"), name) for each in taken)
 
 
-def _options(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments that choose an existing option of a part; of a sweep's list, the first option."""
+def _options(arguments: Sequence[str], own: Path | None = None) -> list[str]:
+    """Return the arguments that choose an existing option of a part; of a sweep's list, the first option.
+
+    Args:
+        own: the user's folder of settings.
+    """
+    folders = [conf_folder(), *([own] if own else [])]
     found = []
     for argument in arguments:
         group, _, names = argument.partition("=")
-        if (conf_folder() / group / f"{names.split(',')[0]}.yaml").is_file():
+        if any((folder / group / f"{names.split(',')[0]}.yaml").is_file() for folder in folders):
             found.append(f"{group}={names.split(',')[0]}")
     return found
 

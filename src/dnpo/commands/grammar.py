@@ -159,6 +159,13 @@ def with_dashes(parser: argparse.ArgumentParser, given: Sequence[str]) -> Iterat
     value_of_option = False
     for argument in given:
         match = ASSIGNMENT.fullmatch(argument)
+        dashed = re.match(r"--([A-Za-z][\w-]*)", argument)
+        if dashed and not value_of_option and not any(each.startswith(dashed[0]) for each in options):
+            name = dashed[1].replace("-", "_")
+            raise SettingsError(
+                f"{argument}: settings are written without dashes, and there is no setting {name} here."
+                f"{offer(name, _known(options))}"
+            )
         if match is None or value_of_option or _is_path(argument, options):
             value_of_option = argument.startswith("--") and "=" not in argument and _takes_values(options.get(argument))
             yield argument
@@ -195,6 +202,11 @@ def _is_path(argument: str, options: Mapping[str, argparse.Action]) -> bool:
     return f"--{argument.partition('=')[0].replace('_', '-')}" not in options and Path(argument).exists()
 
 
+def _known(options: Mapping[str, argparse.Action]) -> list[str]:
+    """The names of all settings."""
+    return sorted(_name(each) for each in options if each.startswith("--") and each not in HELP)
+
+
 def _takes_values(action: argparse.Action | None) -> bool:
     return action is not None and action.nargs != 0
 
@@ -203,8 +215,7 @@ def _option(options: Mapping[str, argparse.Action], name: str, value: str, writt
     long, negative = f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"
     action = options.get(long) or options.get(negative)
     if action is None:
-        known = sorted(_name(each) for each in options if each.startswith("--") and each not in HELP)
-        raise SettingsError(f"{written}: there is no setting {name} here.{offer(name, known)}")
+        raise SettingsError(f"{written}: there is no setting {name} here.{offer(name, _known(options))}")
     if not _takes_values(action):
         if value.lower() not in ("true", "false"):
             raise SettingsError(f"{written}: expected {name}=true or {name}=false")

@@ -61,6 +61,22 @@ def expand_options(cfg: DictConfig, job: Any, places: Sequence[str], starting: S
             cfg[place] = [_without_start(each) for each in options] if place in starting else options
 
 
+def refuse_idle_epochs(cfg: DictConfig, job: Any) -> None:
+    """Refuse ``epochs`` on the command line for a training whose ``steps`` decide instead.
+
+    Raises:
+        SettingsError: an argument sets epochs that have no effect.
+    """
+    for argument in cast(list[str], OmegaConf.to_container(job.overrides.task)):
+        place, _, value = argument.lstrip("+").partition("=")
+        part, _, name = place.rpartition(".")
+        if name != "epochs" or not part:
+            continue
+        steps = OmegaConf.select(cfg, f"{part}.steps")
+        if all(steps) if isinstance(steps, ListConfig) else steps:
+            raise SettingsError(f"{place}={value}: has no effect while {part}.steps={steps}; add {part}.steps=0")
+
+
 def _compose_chosen(chosen: Mapping[str, Sequence[str]], config: str, arguments: Sequence[str]) -> dict[str, list[Any]]:
     """Compose the options of lists on the command line, each as if it were chosen alone.
 

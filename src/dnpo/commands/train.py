@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from dnpo.commands import common as command
 from dnpo.commands.iterations import join, settings_at, value_at
 from dnpo.commands.naming import job_name, run_name
-from dnpo.commands.options import expand_options
+from dnpo.commands.options import expand_options, refuse_idle_epochs
 from dnpo.errors import SettingsError
 from dnpo.escape import say
 from dnpo.settings import Natural, check_values, flat, named_within, require, with_contents
@@ -255,6 +255,7 @@ def run_job(cfg: DictConfig, job: Any) -> float | None:
         DnpoError: the settings or the run are refused, or the run cannot continue.
     """
     expand_options(cfg, job, VARYING, STARTING)
+    refuse_idle_epochs(cfg, job)
     folder, sweep = command.folders(job)
     name = os.path.relpath(sweep or folder)
     command.greet(cfg, job)

@@ -67,11 +67,13 @@ class Failure:
         text: what happened.
         billed: whether the request was sent and may have been answered.
         late: whether time ran out.
+        unreachable: whether no connection was made at all.
     """
 
     text: str
     billed: bool = False
     late: bool = False
+    unreachable: bool = False
 
 
 async def receive(stream: AbstractAsyncContextManager[Any], seconds: float, largest: int) -> bytes | Refusal | Failure:
@@ -102,7 +104,10 @@ async def receive(stream: AbstractAsyncContextManager[Any], seconds: float, larg
         reply = error.response
         return read_refusal(error.status_code, reply.headers, reply.content)
     except (openai.APIConnectionError, httpx2.TransportError, httpx2.DecodingError, OSError) as error:
-        return Failure(f"the connection failed ({type(error.__cause__ or error).__name__})")
+        cause = error.__cause__ or error
+        return Failure(
+            f"the connection failed ({type(cause).__name__})", unreachable=isinstance(cause, httpx2.ConnectError)
+        )
 
 
 def pause(attempts: int, wait: float | None = None) -> float:

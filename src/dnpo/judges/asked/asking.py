@@ -34,7 +34,11 @@ FORBIDDEN = 5  # a round ends after this many refusals with status 403 or 404, i
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The limits on asking, as in :class:`~dnpo.judges.asked.openai.OpenAI`."""
+    """The limits on asking, as in :class:`~dnpo.judges.asked.openai.OpenAI`.
+
+    Attributes:
+        reconnects: whether to try again where no connection can be made.
+    """
 
     concurrency: int
     requests_per_minute: int | None
@@ -44,6 +48,7 @@ class Limits:
     max_replies: int
     max_cost: float | None
     max_unscored: float
+    reconnects: bool = True
 
 
 async def ask_one_by_one(
@@ -250,7 +255,8 @@ class _Round:
         if isinstance(reply, Refusal):
             return self._judge_refusal(reply, body)
         if isinstance(reply, Failure):
-            return _Trouble(reply.text, again=True, billed=reply.billed)
+            again = self.limits.reconnects or not reply.unreachable
+            return _Trouble(reply.text, again=again, billed=reply.billed)
         return replace(endpoint.read(reply, question), latency=time.monotonic() - started)
 
     def _judge_refusal(self, refusal: Refusal, body: Mapping[str, object]) -> "_Trouble":

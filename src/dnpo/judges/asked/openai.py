@@ -251,7 +251,7 @@ class OpenAI(Prompted):
             if self.mode == "score"
             else self._question(prompt, "Paris.", "Oslo.", "ab")
         )
-        limits = replace(self.limits, deadline=min(self.deadline, CANARY_SECONDS))
+        limits = replace(self.limits, deadline=min(self.deadline, CANARY_SECONDS), reconnects=False)
         before = ledger.served(question)
         reasons = interrupts.run(ask_one_by_one(self.endpoint, limits, [question], ledger, None, 1), ENDING)
         reply = ledger.reply(question.key)
@@ -312,6 +312,8 @@ def advise(reason: str, max_tokens: int) -> str:
         return ", ".join([*named, "judge.extra_body, judge.headers or judge.structured=off"])
     if "in the reply" in reason or "judge.pattern" in reason:
         return "judge.pattern='…(\\d+)…', judge.template or judge.structured"
+    if reason.startswith("the connection failed"):
+        return "judge.base_url, or start the server there"
     if "connection" in reason or "no reply" in reason or "deadline" in reason:
         return "judge.base_url, judge.timeout or judge.deadline"
     return "the judge's settings: its address, its model, its question"
