@@ -107,18 +107,23 @@ class MetricVariant:
 
 @dataclass(frozen=True)
 class MetricGroup:
-    """Metrics that are measured together, and the variants under which they are tracked too."""
+    """Metrics that are measured together, and the variants under which they are tracked too.
+
+    Attributes:
+        note: what the titles' words mean, in Markdown; "" if they need no explanation.
+    """
 
     title: str
     metrics: tuple[Metric, ...]
     variants: tuple[MetricVariant, ...] = ()
+    note: str = ""
 
 
 SFT = MetricVariant("sft/", "in fine-tuning", "SFT")
 AUGMENT = MetricVariant("augment/", "in the training of a judge by augment=…", "lessons")
 LIKE = MetricVariant("like/", "in the training with noise that npo=matched imitates", "matched")
 ITERATION = MetricVariant("iteration/", "of an iteration as a whole", "iteration")
-AGAINST = MetricVariant("against/", "of the other model", "other model", needs="against=…")
+AGAINST = MetricVariant("against/", "of the model given by against=…", "other model", needs="against=…")
 SECOND = MetricVariant("second/", "second judge", "2nd", of="eval/", needs="judge@second_judge=…")
 TRAIN = MetricVariant("judge/", "for training pairs", "training", of="eval/")
 LOW = MetricVariant("agreement/", "lower end of the 95 % interval", "low", of="agreement/", suffix="_low")
@@ -165,14 +170,14 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("eval/cut", "Sampled answers cut at the limit", "cut", "%", better="lower"),
             Metric(
                 "eval/engine_mean",
-                "Mean difference of a token's log p, engine and this process",
+                "Mean difference of a token's log p between engine and this process",
                 "engine",
                 *_ENGINE,
                 needs=SERVER,
             ),
             Metric(
                 "eval/engine_max",
-                "Largest difference of a token's log p, engine and this process",
+                "Largest difference of a token's log p between engine and this process",
                 "engine max",
                 *_ENGINE,
                 needs=SERVER,
@@ -263,6 +268,9 @@ GROUPS: tuple[MetricGroup, ...] = (
                 "drift/kl_token_error", "Standard error of the KL per token", "KL per token error", "nats a token", 3
             ),
         ),
+        note="Distances and overlaps compare log-probabilities of the rejected responses in training with those of "
+        "newly generated responses, all under the policy after training. *By chance*: the value for two samples of one "
+        "distribution.",
     ),
     MetricGroup(
         "Pairs",
@@ -284,8 +292,8 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("curriculum/earlier", "Pairs of earlier iterations trained on again", "earlier pairs", digits=0),
             Metric("curriculum/repeated", "Earlier pairs that a newer one repeats, left out", "repeated", digits=0),
             Metric("curriculum/short", "New pairs in place of missing earlier ones", "short", digits=0),
-            Metric("curriculum/moved", "Pairs treated as harder", "moved", digits=0),
-            Metric("curriculum/split", "Pairs treated as harder in part", "split", digits=0),
+            Metric("curriculum/moved", "Pairs counted as harder", "moved", digits=0),
+            Metric("curriculum/split", "Pairs counted as harder with part of their weight", "split", digits=0),
             Metric("curriculum/loss", "Mean loss of the pairs", "loss of pairs", "nats", 4),
             Metric("curriculum/worst_loss", "Mean loss under the worst distribution", "worst loss", "nats", 4),
             Metric("curriculum/duplicates", "Pairs that repeat another, left out", "duplicates", digits=0),
@@ -301,19 +309,21 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("generated/tokens", "Tokens generated for training", "generated tokens", digits=0),
             Metric(
                 "generated/engine_mean",
-                "Mean difference of a token's log p, engine and this process, training samples",
+                "Mean difference of a token's log p between engine and this process, training samples",
                 "generated engine",
                 *_ENGINE,
                 needs=SERVER,
             ),
             Metric(
                 "generated/engine_max",
-                "Largest difference of a token's log p, engine and this process, training samples",
+                "Largest difference of a token's log p between engine and this process, training samples",
                 "generated engine max",
                 *_ENGINE,
                 needs=SERVER,
             ),
         ),
+        note="The *worst distribution* and the pairs *counted as harder* belong to `curriculum=robust` "
+        "([Methods](methods.md#robust)).",
     ),
     MetricGroup(
         "Training",
@@ -372,6 +382,9 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("tokens_per_second", "Speed of training", "speed", "tokens/s", 0),
         ),
         (SFT, AUGMENT, LIKE, ITERATION, AGAINST),
+        note="A *player* is what an optimizer trains: `policy`, `noise` or `value` (the value head). The *extrapolated "
+        "policy* belongs to `objective=refined`: its logits are (1 + λ) times the policy's minus λ times the "
+        "reference's, with λ = `objective.extrapolation`.",
     ),
     MetricGroup("Time", (Metric("seconds", "Time that computing an iteration's stages took", "seconds", "s"),)),
     MetricGroup(
@@ -577,6 +590,8 @@ def write_markdown() -> str:
         if group.variants:
             names = (f"`{each.prefix}…{each.suffix}` ({each.words})" for each in group.variants)
             lines += [f"Also tracked as {', '.join(names)}.", ""]
+        if group.note:
+            lines += [group.note, ""]
         lines += [
             "| metric | title | unit | better | symbol | measured with |",
             "| --- | --- | --- | --- | --- | --- |",
