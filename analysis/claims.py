@@ -5,7 +5,7 @@
     python -m analysis.claims exploratory=true seeds=0,1,2,3,4    # also runs older than the claims, marked
     python -m analysis.claims uri=sqlite:///elsewhere.db tag=data.train=4800
     python -m analysis.claims measured=claims/claims.json run=true      # runs only what that table lacks
-    python -m analysis.claims forecast=claims                     # the planner's forecast beside what was reached
+    python -m analysis.claims forecast=claims                     # the planner's forecast beside the actual runs
     python -m analysis.claims_plan                                # how many seeds and prompts the claims need
 
 Claims are tested only on the seeds that their file fixes and on runs made after the commit of that file.
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         "--forecast",
         type=Path,
         metavar="FOLDER",
-        help="what dnpo claims plan wrote, the folder or its plan.csv: compare its forecast with what was reached",
+        help="what dnpo claims plan wrote, the folder or its plan.csv: compare its forecast with the actual runs",
     )
     options.add_argument(
         "--page",

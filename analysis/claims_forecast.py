@@ -1,4 +1,4 @@
-"""The planner's forecast beside what was reached: the ``plan.csv`` of ``dnpo claims plan``, joined with the results.
+"""The planner's forecast beside the actual runs: the ``plan.csv`` of ``dnpo claims plan``, joined with the results.
 
 The planner says from the variances of a pilot which effect the planned seeds would find in 80 % of cases. The runs have
 variances of their own, so afterwards it can be said how good the forecast was.
@@ -22,20 +22,18 @@ from dnpo.stats.intervals import Components, Mean
 from dnpo.wording import fixed, plural, ranges
 
 PLAN = "plan.csv"
-CLOSE = 1.5  # a forecast within this factor of what was reached counts as good
+CLOSE = 1.5  # a forecast within this factor of the actual value counts as good
 COLUMNS = (
-    *("", "claim", "role", "seeds × items", "unit", "forecast", "reached", "ratio", "half-width", "effect (95 %)"),
-    *("power", "outcome"),
+    *("", "claim", "role", "seeds × items", "unit", "forecast", "actual", "ratio", "half-width", "effect (95 %)"),
+    *("power, %", "outcome"),
 )
 TEXTS = ("", "claim", "role", "unit")  # the other columns are aligned to the right
 EXPLAINED = (
-    f"Forecast: the smallest effect that is found (supported or contradicted) in {round(100 * POWER)} "
-    f"% of cases at the "
-    "strictest level of the correction, from the pilot's variances. Reached: the same from the "
-    "claims' own runs. It can "
-    "be far larger than the half-width of the interval, since an effect whose whole interval lies within the SESOI "
-    "counts as negligible. Ratio: reached / "
-    "forecast. Power: by the forecast, the probability that an effect of the measured size is found."
+    f"Forecast: the smallest effect that is found (supported or contradicted) in {round(100 * POWER)} % of cases at "
+    "the strictest level of the correction, by the variances of the pilot. Actual: the same, by the variances of "
+    "the claim's own runs. Both can be far larger than the half-width of the interval, since an effect whose whole "
+    "interval lies within the SESOI counts as negligible. Ratio: actual / forecast. Power: the forecast probability "
+    "that an effect of the measured size is found."
 )
 
 
@@ -85,9 +83,9 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """The detectable effect that was reached, divided by the forecast one; None if nothing varies in the runs."""
-        reached = self.result.detectable
-        return None if reached is None else reached / self.forecast.detectable
+        """The actual detectable effect, divided by the forecast one; None if nothing varies in the runs."""
+        actual = self.result.detectable
+        return None if actual is None else actual / self.forecast.detectable
 
     @property
     def power(self) -> float | None:
@@ -204,17 +202,18 @@ def conclude(rows: Sequence[Row]) -> str:
     if ratios := [row.ratio for row in counted if row.ratio is not None]:
         close = sum(1 / CLOSE <= ratio <= CLOSE for ratio in ratios)
         said.append(
-            f"What was reached is {statistics.median(ratios):.2f} times the forecast (median of {len(ratios)}); for "
-            f"{close} of {len(ratios)} it is within a factor of {CLOSE:g}."
+            f"The actual smallest effect is {statistics.median(ratios):.2f} times the forecast one (median of "
+            f"{plural(len(ratios), 'claim')}); for {close} of {len(ratios)} the two differ by a factor of at most "
+            f"{CLOSE:g}."
         )
     directed = [(row, row.power) for row in counted if row.power is not None]
     likely = [row.found for row, power in directed if power >= POWER]
     others = [row for row, power in directed if power < POWER]
     negligible = sum(row.result.outcome == "negligible" for row in others)
     said.append(
-        f"With an effect of the measured size, {len(likely)} of {plural(len(directed), 'claim')} with a direction had "
-        f"a forecast power of {round(100 * POWER)} % or more, and {sum(likely)} of these {len(likely)} were found "
-        f"(supported or contradicted). Of the other {len(others)}: found {sum(row.found for row in others)}, "
+        f"For the effects that were measured, the forecast gave {len(likely)} of {plural(len(directed), 'claim')} "
+        f"with a direction a power of {round(100 * POWER)} % or more, and {sum(likely)} of these {len(likely)} were "
+        f"found (supported or contradicted). Of the other {len(others)}: found {sum(row.found for row in others)}, "
         f"negligible {negligible}."
     )
     return " ".join(said)
@@ -226,17 +225,17 @@ def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def _line(row: Row) -> tuple[str, ...]:
-    claim, effect, reached = row.result.claim, row.result.effect, row.result.detectable
+    claim, effect, actual = row.result.claim, row.result.effect, row.result.detectable
     assert effect is not None  # join() takes no others
     digits = claim.digits + 1
     return (
         *(str(row.place), claim.id, claim.role, size(effect.seeds, effect.items), claim.unit),
         fixed(row.forecast.detectable, digits),
-        "" if reached is None else fixed(reached, digits),
+        "" if actual is None else fixed(actual, digits),
         "" if row.ratio is None else f"{row.ratio:.2f}",
         format_half(row.result),
         format_effect(row.result, unit=False),
-        "" if row.power is None else f"{row.power:.0%}",
+        "" if row.power is None else fixed(100 * row.power, 0),
         format_outcome(row.result),
     )
 
@@ -251,7 +250,7 @@ def markdown(rows: Sequence[Row], about: Sequence[str]) -> str:
     table = [COLUMNS, tuple("---" if name in TEXTS else "---:" for name in COLUMNS)]
     table += [tuple(map(for_markdown, line)) for line in lines(rows)]
     written = "\n".join(f"| {' | '.join(line)} |" for line in table)
-    return "\n\n".join(["**The forecast beside what was reached**", written, *map(for_markdown, about)]) + "\n"
+    return "\n\n".join(["**The forecast beside the actual runs**", written, *map(for_markdown, about)]) + "\n"
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -259,8 +258,8 @@ def to_csv(rows: Sequence[Row]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     planned = ("seeds_planned", "prompts_planned", "level", "forecast")
-    reached = ("seeds", "items", "reached", "ratio", "half", "effect", "low", "high", "power", "found")
-    writer.writerow(["id", "role", "unit", *planned, *reached, "outcome"])
+    actual = ("seeds", "items", "actual", "ratio", "half", "effect", "low", "high", "power", "found")
+    writer.writerow(["id", "role", "unit", *planned, *actual, "outcome"])
     for row in rows:
         claim, effect, of = row.result.claim, row.result.effect, row.forecast
         assert effect is not None  # join() takes no others

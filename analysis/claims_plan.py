@@ -33,7 +33,7 @@ from dnpo.wording import duration, fixed, plural, ranges
 MOST_SEEDS, MOST_PROMPTS = 1_000, 1_000_000
 COLUMNS = (
     *("", "claim", "role", "level", "unit", "sd of seeds", "sd of prompts", "sd of the rest", "detectable", "effect"),
-    *("power", "power negligible", "seeds needed", "prompts needed", "time a seed", "time"),
+    *("power, %", "power negligible, %", "seeds needed", "prompts needed", "time a seed", "time"),
 )
 TEXTS = ("", "claim", "role", "unit")
 
@@ -233,8 +233,8 @@ def lines(book: Book, plans: Sequence[Plan]) -> list[tuple[str, ...]]:
                 *(str(places[each.claim.id]), each.claim.id, each.claim.role, f"{each.level:.3g}", each.claim.unit),
                 *(fixed(variance**0.5, digits) for variance in variances),
                 *(fixed(each.detectable, digits), f"{each.effect:g}"),
-                f"{each.power:.0%}",
-                f"{each.power_negligible:.0%}",
+                fixed(100 * each.power, 0),
+                fixed(100 * each.power_negligible, 0),
                 *(_count(each.seeds_needed, "seed", MOST_SEEDS), prompts),
                 *(duration(each.seconds), duration(each.seconds * each.seeds)),
             )

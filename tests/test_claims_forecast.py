@@ -1,4 +1,4 @@
-"""The planner's forecast beside what was reached: by worked numbers, by simulation, and by the two commands."""
+"""The planner's forecast beside the actual runs: by worked numbers, by simulation, and by the two commands."""
 
 import csv
 import shutil
@@ -67,9 +67,10 @@ def test_the_conclusion_counts_what_was_measured_as_planned() -> None:
         row(0.6, 0.5),
     ]
     assert conclude(rows) == (
-        "What was reached is 1.40 times the forecast (median of 5); for 2 of 5 it is within a factor of 1.5. With an "
-        "effect of the measured size, 3 of 5 claims with a direction had a forecast power of 80 % or more, and 2 of "
-        "these 3 were found (supported or contradicted). Of the other 2: found 1, negligible 1."
+        "The actual smallest effect is 1.40 times the forecast one (median of 5 claims); for 2 of 5 the two differ "
+        "by a factor of at most 1.5. For the effects that were measured, the forecast gave 3 of 5 claims with a "
+        "direction a power of 80 % or more, and 2 of these 3 were found (supported or contradicted). Of the other "
+        "2: found 1, negligible 1."
     )
     waiting = replace(rows[2], result=replace(rows[2].result, held_back=("its gate is undecided",)))
     assert "3 of these 3 were found" in conclude([*rows[:2], waiting, *rows[3:]])
@@ -78,7 +79,7 @@ def test_the_conclusion_counts_what_was_measured_as_planned() -> None:
     fewer = replace(rows[0], result=replace(rows[0].result, effect=replace(effect, seeds=3)))
     assert conclude([fewer]) == "No claim was measured on the planned numbers of seeds and prompts."
     still = replace(rows[0], result=replace(rows[0].result, effect=replace(effect, model=None)))
-    assert conclude([still]).startswith("With an effect")
+    assert conclude([still]).startswith("For the effects that")
 
 
 def test_claims_that_are_only_planned_or_only_measured_are_named() -> None:
@@ -136,7 +137,7 @@ def command(folder: Path, path: Path | None = None, out: str = "claims") -> list
     return [*given, "--out", str(folder / out)]
 
 
-def test_the_forecast_is_written_beside_what_was_reached(
+def test_the_forecast_is_written_beside_the_actual_runs(
     planned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, last = claims_page.marks("forecast")
@@ -157,15 +158,15 @@ def test_the_forecast_is_written_beside_what_was_reached(
     assert (found["seeds_planned"], found["seeds"], found["items"]) == ("4", "4", str(PROMPTS))
     assert found["forecast"] == plan["detectable"]
     (row,) = [each for each in csv.DictReader((planned / "claims" / "claims.csv").open()) if each["id"] == "first"]
-    assert (found["reached"], found["effect"], found["outcome"]) == (row["detectable"], row["effect"], "supported")
+    assert (found["actual"], found["effect"], found["outcome"]) == (row["detectable"], row["effect"], "supported")
     assert float(found["half"]) == pytest.approx((float(row["high"]) - float(row["low"])) / 2)
     assert float(found["ratio"]) == pytest.approx(float(row["detectable"]) / float(plan["detectable"]))
     assert 0.7 < float(found["ratio"]) < 1.4, "the same noise in pilot and runs"
     assert (float(found["power"]), found["found"]) == (pytest.approx(1.0), "1")
     assert f"| 1 | first | secondary | 4 × {PROMPTS} | points |" in text
-    assert "| 100% | supported |" in text
+    assert "| 100 | supported |" in text
     assert "2: measured, without a forecast." in text, "nothing varies in its pilot"
-    conclusion = f"What was reached is {float(found['ratio']):.2f} times the forecast (median of 1)"
+    conclusion = f"The actual smallest effect is {float(found['ratio']):.2f} times the forecast one (median of 1 claim)"
     assert conclusion in text
     assert f"Forecast: {conclusion}" in " ".join(said.split())
 
