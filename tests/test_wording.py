@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import dnpo
-from dnpo.wording import decimals, fixed, interval, percent
+from dnpo.wording import decimals, estimate, fixed, interval, percent
 
 
 def test_a_number_that_is_shown_as_zero_has_no_sign() -> None:
@@ -23,8 +23,14 @@ def test_a_number_that_is_shown_as_zero_has_no_sign() -> None:
 def test_a_percentage_has_a_space_before_its_sign_in_every_message() -> None:
     assert (percent(0.935), percent(0.004, 0)) == ("93.5 %", "0 %")
     python_style = re.compile(r":,?(\.\d)?%\}")  # writes 93.5%
-    files = Path(dnpo.__file__).parent.rglob("*.py")
+    root = Path(__file__).resolve().parent.parent
+    files = [*Path(dnpo.__file__).parent.rglob("*.py"), *(root / "analysis").glob("*.py")]
     assert [file.name for file in files if python_style.search(file.read_text(encoding="utf-8"))] == []
+
+
+def test_an_estimated_time_has_whole_seconds() -> None:
+    shown = [estimate(seconds) for seconds in (0.0, 0.4, 1.0, 9.9, 12.4, 200.0)]
+    assert shown == ["1 s", "1 s", "1 s", "10 s", "12 s", "3 min 20 s"]
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,11 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def estimate(seconds: float) -> str:
+    """Format a duration that is only estimated: without decimals, and at least a second."""
+    return f"{max(1, round(seconds))} s" if seconds < 10 else duration(seconds)
+
+
 def ranges(places: Sequence[int]) -> str:
     """Format numbers with ranges: 1, 2, 3, 5 as ``1-3, 5``."""
     runs: list[list[int]] = []

@@ -18,7 +18,7 @@ from rich.text import Text
 from dnpo.catalogue import Metric, metric
 from dnpo.escape import fold, for_terminal
 from dnpo.screen import ScreenTable
-from dnpo.wording import duration, per_second, plural, visible
+from dnpo.wording import duration, estimate, per_second, plural, visible
 
 if TYPE_CHECKING:
     from dnpo.stats.intervals import Estimate  # brings numpy, which the first line does not wait for
@@ -92,7 +92,7 @@ class _News(ProgressColumn):
         parts = (
             f"{task.completed:,.0f}/{task.total:,.0f} {unit}" if unit else "",
             Text(report.silence(), style="yellow"),
-            f"{duration(left)} left" if left else "",
+            f"{estimate(left)} left" if left else "",
             report.loss,
             for_terminal(report.words),
             per_second(speed) if speed else "",
@@ -137,7 +137,7 @@ class Console:
         kinds = [kind for kind in self._kinds[self._place :] if kind]
         if not kinds or not all(kind in self._took for kind in kinds):
             return ""
-        return f"further stages: about {duration(sum(self._took[kind] for kind in kinds))}"
+        return f"further stages: about {estimate(sum(self._took[kind] for kind in kinds))}"
 
     def table(self, table: ScreenTable, split: bool = False, fold: bool = False) -> None:
         """Print a table at its full width, even beyond the terminal's, so that no number is cut.
@@ -299,7 +299,7 @@ class StageReport:
             return
         done = self.done - self.before
         rate = done / (now - self.began) if now > self.began else 0.0
-        left = f"{per_second(rate)}, about {duration((self.total - self.done) / rate)} left" if rate else ""
+        left = f"{per_second(rate)}, about {estimate((self.total - self.done) / rate)} left" if rate else ""
         words = (left, self.silence(), self.loss, self.words, self.console.left())
         self.note(", ".join([f"{self.done:,}/{self.total:,} {self.unit}", *filter(None, words)]))
 

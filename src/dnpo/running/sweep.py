@@ -21,7 +21,7 @@ from dnpo import __version__
 from dnpo.catalogue import Metric, metric
 from dnpo.errors import DnpoError
 from dnpo.escape import for_terminal, say, tell
-from dnpo.wording import duration, fixed, plural, visible
+from dnpo.wording import estimate, fixed, plural, visible
 
 if TYPE_CHECKING:
     from dnpo.report.comparison import Items, MeasureComparison
@@ -88,7 +88,7 @@ def describe_place(sweep: Path, number: int) -> str:
     if total is None or not done:
         return _name(number, total)
     left = (time.time() - (sweep / SETTINGS).stat().st_mtime) / done * (total - done)
-    return f"{_name(number, total)}, about {duration(left)} left"
+    return f"{_name(number, total)}, about {estimate(left)} left"
 
 
 def name_job(sweep: Path, number: int) -> str:
