@@ -17,7 +17,7 @@ from dnpo.commands.train import build
 from dnpo.errors import DnpoError
 from dnpo.judges.agreement.table import LINES
 from dnpo.loop import chain
-from dnpo.running.console import Console, iteration_table
+from dnpo.running.console import Console, wide_table
 from dnpo.running.execute import execute
 from dnpo.settings import conf_folder
 from dnpo.store import Store
@@ -126,18 +126,18 @@ def test_the_screen_has_an_uncut_column_for_each_measured_metric(
     row: dict[str, Any] = {"eval/accuracy/arithmetic": 0.5, "loss/policy": None, "eval/win": 0.25}
     row |= dict.fromkeys(("eval/score", "second/score", "logps/chosen", "logps/rejected", "logps/new"), 1234.5)
     rows = [{"iteration": "SFT", **row}, {"iteration": 0, **row, "loss/policy": 0.25}]
-    table = iteration_table(rows)
-    assert [str(column.header) for column in table.columns][:4] == ["it.", "score", "score, 2nd", "arithm"]
+    table = wide_table(rows, {}, None)
+    assert [str(column.header) for column in table.columns][:4] == ["  it.", "score", "score, 2nd", "arithmetic, %"]
     Console(width=20).table(table)
     *_, first, last = capsys.readouterr().out.splitlines()
-    assert last.split() == ["0", "1,234.5", "1,234.5", "50.0%", "25.0%", *["1,234.50"] * 3, "0.2500"]
+    assert last.split() == ["0", "1,234.5", "1,234.5", "50.0", "25.0", *["1,234.50"] * 3, "0.2500"]
     assert first.split()[-1] == "–"
     terminal = Console(width=40)
     terminal.rich = RichConsole(width=40, force_terminal=True)
     terminal.table(table, split=True)
     shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
     assert max(map(len, shown)) <= 40
-    parts = [line.split() for line in shown if line.startswith("  0 ")]
+    parts = [line.split() for line in shown if line.startswith("    0 ")]
     assert [cell for part in parts for cell in part[1:]] == last.split()[1:]
 
 

@@ -1,5 +1,6 @@
 """What a run shows at its end, and its progress while it computes."""
 
+import functools
 import io
 import json
 import os
@@ -18,8 +19,8 @@ from dnpo.catalogue import metric
 from dnpo.records import Item
 from dnpo.report.comparison import MeasureComparison, ReportMeasure
 from dnpo.running import console as module
-from dnpo.running.console import BEST, COMPACT, NARROW, Console, compact_table
-from dnpo.running.ending import find_intervals, sentences, show_briefly
+from dnpo.running.console import BEST, COMPACT, NARROW, Console, compact_table, wide_table
+from dnpo.running.ending import find_intervals, sentences, show_results
 from dnpo.running.execute import show_job
 from dnpo.running.gate import Finding, show
 from dnpo.running.sweep import _gather, _show_comparison, _show_places, _show_spread, describe_place, name_job
@@ -29,6 +30,7 @@ from dnpo.stats.paired import compare_paired
 from dnpo.stats.prompts import by_prompt, change, mean
 from dnpo.stats.table import Cell
 from dnpo.stats.table import table as stats_table
+from dnpo.store import Store
 from dnpo.tables import write
 
 
@@ -59,9 +61,40 @@ def test_the_table_fits_any_terminal_for_all_measures(seed: int) -> None:
     text = printed(compact_table(rows, around, 2))
     lines = text.splitlines()
     assert max(map(len, (line.rstrip() for line in lines))) <= NARROW
-    assert [line[0] for line in lines[2:]] == [" ", " ", BEST, " "]
+    assert [line.split()[0] == BEST for line in lines[2:]] == [False, False, True, False]
     first = next((name for name in COMPACT if any(row.get(name) is not None for row in rows)), "")
-    assert metric(first).label in lines[1]
+    assert metric(first).heading in lines[1]
+
+
+def test_similar_runs_have_the_same_columns() -> None:
+    """The columns are those that have room if numbers are as long as usual, whatever these numbers are."""
+    usual = dict.fromkeys(("eval/score", "eval/accuracy", "eval/win", "eval/lose", "pairs/flips"), 0.5)
+    usual |= dict.fromkeys(("drift/kl", "eval/loss", "stagnation/ks", "loss/policy", "seconds"), 2.0)
+    headings = set()
+    for score, right, half in ((1.0, 0.01, 0.1), (99.9, 0.5, 9.9), (50.0, 1.0, 22.2)):
+        row = usual | {"eval/score": score, "eval/accuracy": right, "eval/win": right, "eval/lose": right}
+        around = {
+            "eval/score": [Estimate(score, score - half, score + half)],
+            "eval/accuracy": [Estimate(right, right - half / 100, right + half / 100)],
+        }
+        headings.add(
+            tuple(str(each.header) for each in compact_table([{"iteration": "SFT", **row}], around, 0).columns)
+        )
+    assert {line[-1] for line in headings} == {"held-out loss"}
+    assert len(headings) == 1
+
+
+def test_the_wide_table_has_all_that_the_narrow_one_has() -> None:
+    """The mark, the intervals, and family names that are not cut."""
+    rows = [
+        {"iteration": "SFT", "eval/score": 20.0, "eval/accuracy/arithmetic": 0.5},
+        {"iteration": 0, "eval/score": 3.0},
+    ]
+    around = {"eval/score": [Estimate(20.0, 18.0, 22.0), None]}
+    lines = printed(wide_table(rows, around, 0)).splitlines()
+    assert lines[1].split() == ["it.", "score", "arithmetic,", "%"]
+    assert lines[2].split() == [BEST, "SFT", "20.0", "±2.0", "50.0"]
+    assert lines[3].split() == ["0", "3.0", "–"]
 
 
 def items(folder: Path, scores: np.ndarray, right: np.ndarray) -> Path:
@@ -90,7 +123,7 @@ def test_the_end_reports_each_improvement_and_its_size(tmp_path: Path) -> None:
     console.rich = RichConsole(file=out, width=79, soft_wrap=True, highlight=False)
     shown: list[str] = []
     console.table = lambda table, split=False: shown.append(printed(table))  # type: ignore[method-assign]
-    show_briefly(console, rows, folders)
+    show_results(console, rows, folders)
     difference = compare_paired(after.mean(1), before.mean(1), kind="scores", interval="t").difference
     low, high = f"{difference.low:+.1f}", f"{difference.high:+.1f}"
     gained = f"{after.mean() - before.mean():+.1f}"
@@ -99,7 +132,13 @@ def test_the_end_reports_each_improvement_and_its_size(tmp_path: Path) -> None:
     assert "Held-out loss of human responses: 2.167 → 150.739 nats a token (+148.572)." in out.getvalue()
     half = stats.t.ppf(0.975, 39) * stats.sem(before.mean(1))
     assert f"{before.mean():.1f} ±{half:.1f}" in shown[0]
-    assert shown[0].splitlines()[-1].startswith(BEST)
+    assert shown[0].splitlines()[-1].startswith(f"{BEST}   0 ")
+    shown.clear()
+    out.truncate(0)
+    show_results(console, rows, folders, wide=True)
+    assert f"{before.mean():.1f} ±{half:.1f}" in shown[0]
+    assert f"better ({gained}; 95 % interval {low} to {high})" in out.getvalue()
+    assert "wide=true" not in out.getvalue()
 
 
 def test_the_half_interval_equals_a_t_tests_over_prompts() -> None:
@@ -159,7 +198,7 @@ def test_the_marked_row_is_the_best_by_the_chosen_metric(
     console = Console(width=79)
     console.rich = RichConsole(file=out, width=79, soft_wrap=True, highlight=False)
     console.table = lambda table, split=False: shown.append(printed(table))  # type: ignore[method-assign]
-    show_briefly(console, [{"iteration": k, **row} for k, row in enumerate(rows)], [tmp_path] * len(rows), by)
+    show_results(console, [{"iteration": k, **row} for k, row in enumerate(rows)], [tmp_path] * len(rows), by)
     marks = [line.startswith(BEST) for line in shown[0].splitlines()[-len(rows) :]]
     assert marks == [number == best for number in range(len(rows))]
     label = metric(by or ("eval/score" if "eval/score" in rows[0] else "eval/loss")).label
@@ -263,7 +302,7 @@ def test_a_job_reports_its_number_in_the_sweep_and_the_remaining_time(tmp_path: 
     ],
 )
 def test_a_job_of_a_sweep_ends_with_a_line_and_its_warnings(
-    choice: dict[str, Any], shown: str, capsys: pytest.CaptureFixture[str]
+    choice: dict[str, Any], shown: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     rows = [
         {"iteration": name, "eval/score": score, "eval/accuracy": right}
@@ -274,7 +313,8 @@ def test_a_job_of_a_sweep_ends_with_a_line_and_its_warnings(
     summary |= {"choice": choice, "settings": {"keep": "best", "eval": {"split": "test"}}} if choice else {}
     console, out = terminal(79)
     folder = Path("multirun/2026-11-30/19-59-49-624397/0")
-    show_job(console, summary, folder, "job 1 of 4", wide=False)
+    job = functools.partial(show_job, console, summary, [], folder, Store(tmp_path), "job 1 of 4")
+    job(wide=False)
     lines = plain(out)
     assert lines[0].startswith("keep=best" if choice else "warning: ")
     assert "warning: the stages of this run were not all made in the same way" in " ".join(lines)
@@ -282,9 +322,9 @@ def test_a_job_of_a_sweep_ends_with_a_line_and_its_warnings(
     if not choice:
         assert lines[-1].startswith("job 1"), "it fits a line"
     assert not capsys.readouterr().out
-    show_job(console, summary, folder, "job 1 of 4", wide=True)
+    job(wide=True)
     assert "Results by iteration" in " ".join(plain(out))
-    assert "20.0%" in capsys.readouterr().out
+    assert "accuracy, %" in capsys.readouterr().out
 
 
 def test_the_loss_of_the_last_step_is_shown_and_all_steps_are_passed_on(
@@ -557,6 +597,26 @@ def test_a_wide_table_without_a_title_is_split_into_parts_without_one(
         *(["stage", "needed", "by"], ["sft/0123", "r" * 60], []),
         *(["stage", "by"], ["sft/0123", "m" * 60]),
     ]
+
+
+def test_the_parts_of_a_wide_table_cut_no_cell(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part is as wide as its cells need, whatever the columns' places in the whole table."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    random = np.random.default_rng(0)
+    for width in range(30, 60):
+        table = ScreenTable()
+        cells = ["x" * int(random.integers(1, 13)) for _ in range(12)]
+        for cell in cells:
+            table.add_column(cell, justify="right", no_wrap=True)
+        table.add_row(*cells)
+        Console(width=width).table(table, split=True)
+        shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+        assert "…" not in shown
+        lines = [line for line in shown.splitlines() if line]
+        assert [cell for line in lines[1::2] for cell in line.split()[1:]] == cells[1:]
+        assert {len(line) for line in lines if len(line) > width} == set()
 
 
 def test_a_long_list_is_cut_at_the_width_of_the_terminal_only(

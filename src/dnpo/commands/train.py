@@ -329,7 +329,8 @@ def _go(
     else:
         from dnpo.running.sweep import name_job
 
-        running.show_job(console, summary, folder, name_job(sweep, job.job.num), settings["wide"])
+        place = name_job(sweep, job.job.num)
+        running.show_job(console, summary, iterations, folder, store, place, settings["wide"])
     row = summary["table"][kept(summary)]
     best = settings["best_by"] or default_metric([row])
     return float(row[best] if catalogue.metric(best).better == "higher" else -row[best])

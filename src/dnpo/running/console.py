@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from rich.text import Text
 from dnpo.catalogue import Metric, metric
 from dnpo.escape import fold, for_terminal
 from dnpo.screen import ScreenTable
-from dnpo.wording import duration, estimate, per_second, plural, visible
+from dnpo.wording import duration, estimate, fixed, per_second, plural, visible
 
 if TYPE_CHECKING:
     from dnpo.stats.intervals import Estimate  # brings numpy, which the first line does not wait for
@@ -41,7 +41,7 @@ LABEL = 12  # letters of the labels of paths and links at a run's end
 ROOMY = 100  # characters of a terminal that has room for a long bar
 HEARTBEAT = 60  # seconds without news after which a stage says so; also between its lines without a terminal
 LEAST_REST = 0.05  # seconds of a stage's other work from which its end line shows them
-LONGEST_FAMILY = 6  # letters of a family's name in a heading
+GAP = 2  # characters between the columns of a table
 
 StepSink = Callable[[list[dict[str, float]], int], None]
 
@@ -352,29 +352,33 @@ def _split(table: ScreenTable, width: int) -> list[ScreenTable]:
     parts: list[ScreenTable] = []
     for column in others:
         if parts:
-            parts[-1].columns.append(column)
+            parts[-1].columns.append(_moved(column, len(parts[-1].columns)))
             if _measure(parts[-1]) <= width:
                 continue
             parts[-1].columns.pop()
         part = ScreenTable(None if parts or table.title is None else str(table.title))
-        part.columns, part.rows = [first, column], table.rows
+        part.columns, part.rows = [first, _moved(column, 1)], table.rows
         parts.append(part)
     return parts or [table]
 
 
-def iteration_table(rows: Sequence[dict[str, Any]]) -> ScreenTable:
-    """Build a run's table, one row per iteration; missing values are shown as –."""
-    table = ScreenTable("Results by iteration")
+def _moved(column: Column, place: int) -> Column:
+    """The column in another place of a table: Rich pads a column by the place that it knows."""
+    return replace(column, _index=place)
+
+
+def wide_table(
+    rows: Sequence[dict[str, Any]], around: Mapping[str, "Sequence[Estimate | None]"], best: int | None
+) -> ScreenTable:
+    """Build a run's table with all columns, one row per iteration; missing values are shown as –.
+
+    Args:
+        around: by metric, each row's estimate, for its interval; None where there is none.
+        best: number of the row to mark; None for none.
+    """
     families = [name for name in rows[0] if name.startswith("eval/accuracy/")]
     names = [each for name in COLUMNS for each in (families if name == FAMILIES else [name])]
-    shown = [metric(name) for name in names if any(row.get(name) is not None for row in rows)]
-    table.add_column("it.", justify="right", no_wrap=True)
-    for column in shown:
-        heading = column.label[:LONGEST_FAMILY] if column.name in families else column.label
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(str(row["iteration"]), *(format_cell(row.get(column.name), column) for column in shown))
-    return table
+    return _build(rows, _measured(rows, names), around, best)
 
 
 def compact_table(
@@ -382,45 +386,58 @@ def compact_table(
 ) -> ScreenTable:
     """Build a run's table, one row per iteration, at most ``NARROW`` characters wide.
 
+    Columns are chosen by the room that usual numbers take, not these, so that similar runs have the same columns.
+
     Args:
         around: by metric, each row's estimate, for its interval; None where there is none.
         best: number of the row to mark; None for none.
     """
-    shown = [metric(name) for name in COMPACT if any(row.get(name) is not None for row in rows)]
-    while len(shown) > 1 and _measure(table := _compact(rows, shown, around, best)) > NARROW:
+    shown = _measured(rows, COMPACT)
+    while len(shown) > 1 and _nominal_width(shown, around) > NARROW:
         shown.pop()
-    return table if len(shown) > 1 else _compact(rows, shown, around, best)
+    while len(shown) > 1 and _measure(_build(rows, shown, around, best)) > NARROW:
+        shown.pop()  # numbers longer than usual
+    return _build(rows, shown, around, best)
 
 
-def _compact(
-    rows: Sequence[dict[str, Any]],
+def _measured(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> list[Metric]:
+    return [metric(name) for name in names if any(row.get(name) is not None for row in rows)]
+
+
+def _nominal_width(shown: Sequence[Metric], around: Container[str]) -> int:
+    """The width of a table whose numbers have a digit before the decimal point, or two if they are shares or points."""
+    widths = []
+    for column in shown:
+        usual = "99" if column.unit in ("%", "points of 100", "s") else "9"
+        number = len(fixed(float(usual), column.digits))
+        cell = 2 * number + len(" ±") - (len(usual) - 1) if column.name in around else number
+        widths.append(GAP + max(cell, len(column.heading)))
+    return len(f"{BEST} SFT") + sum(widths)
+
+
+def _build(
+    rows: Sequence[Mapping[str, Any]],
     shown: Sequence[Metric],
     around: Mapping[str, "Sequence[Estimate | None]"],
     best: int | None,
 ) -> ScreenTable:
     table = ScreenTable("Results by iteration")
-    table.add_column("", no_wrap=True)
-    table.add_column("it.", justify="right", no_wrap=True)
+    table.add_column("  it.", no_wrap=True)
     for column in shown:
-        table.add_column(column.label, justify="right", no_wrap=True)
+        table.add_column(column.heading, justify="right", no_wrap=True)
     for number, row in enumerate(rows):
         cells = [_with_interval(row.get(each.name), each, around.get(each.name), number) for each in shown]
-        style = "bold" if number == best else None
-        table.add_row(BEST if number == best else "", str(row["iteration"]), *cells, style=style)
+        mark = BEST if number == best else " "
+        table.add_row(f"{mark} {row['iteration']:>3}", *cells, style="bold" if number == best else None)
     return table
 
 
 def _with_interval(value: float | None, column: Metric, found: "Sequence[Estimate | None] | None", number: int) -> str:
+    if value is None:
+        return "–"
     estimate = found[number] if found else None
     half = estimate.half if estimate else None
     if half is None:
-        return format_cell(value, column)
+        return column.format(value)
     finer = replace(column, digits=visible([column.scale * half], column.digits))
-    return f"{format_cell(value, finer)} ±{finer.format(half)}"
-
-
-def format_cell(value: float | None, column: Metric) -> str:
-    """Return a value as the tables show it; – if there is none."""
-    if value is None:
-        return "–"
-    return column.format(value) + "%" * (column.unit == "%")
+    return f"{finer.format(value)} ±{finer.format(half)}"

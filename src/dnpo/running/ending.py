@@ -1,4 +1,4 @@
-"""Show the results of a run: a narrow table with intervals, and sentences about the changes."""
+"""Show the results of a run: a table with intervals, and sentences about the changes."""
 
 import os
 import shlex
@@ -10,7 +10,8 @@ import numpy as np
 
 from dnpo.catalogue import metric
 from dnpo.running import best as choosing
-from dnpo.running.console import BEST, LABEL, Console, compact_table
+from dnpo.running.console import BEST, LABEL, Console, compact_table, wide_table
+from dnpo.screen import ScreenTable
 from dnpo.stats.changes import describe_changes
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.prompts import by_prompt, change, loss_by_prompt, mean
@@ -24,24 +25,45 @@ MEASURED = {
 BARE = ("eval/loss",)  # shown in the narrow table without its interval, since there is no room
 
 
-def show_briefly(
-    console: Console, rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Path], by: str | None = None
+def show_results(
+    console: Console,
+    rows: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Path],
+    by: str | None = None,
+    wide: bool = False,
 ) -> None:
-    """Show the narrow table and the sentences below it.
+    """Show the table and the sentences below it.
 
     Args:
         rows: the run's table, a row per policy.
         evaluations: for each policy, the folder of a finished stage with its results by prompt.
         by: the metric that decides which row is marked; None: the score, or the held-out loss if nothing is scored.
+        wide: whether to show all columns, in as many parts as the terminal needs.
     """
     by = by or choosing.default_metric(rows)
     results = read_results(evaluations)
-    around = {name: found for name, found in _intervals(results).items() if name not in BARE}
     best = find_best(rows, by)
-    console.table(compact_table([dict(row) for row in rows], around, best))
+    console.table(_table(rows, results, best, wide), split=wide)
     console.say("")
-    for text in sentences(rows, results, by if best is not None else None):
+    for text in sentences(rows, results, by if best is not None else None, wide):
         console.tell(text)
+
+
+def results_table(
+    rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Path], by: str | None, wide: bool = False
+) -> ScreenTable:
+    """Build the table of :func:`show_results`, from the same arguments."""
+    return _table(rows, read_results(evaluations), find_best(rows, by or choosing.default_metric(rows)), wide)
+
+
+def _table(
+    rows: Sequence[Mapping[str, Any]],
+    results: Mapping[str, Sequence[Mapping[str, float]]],
+    best: int | None,
+    wide: bool,
+) -> ScreenTable:
+    around = {name: found for name, found in _intervals(results).items() if wide or name not in BARE}
+    return (wide_table if wide else compact_table)([dict(row) for row in rows], around, best)
 
 
 def read_results(evaluations: Sequence[Path]) -> dict[str, list[dict[str, float]]]:
@@ -79,17 +101,22 @@ def find_best(rows: Sequence[Mapping[str, Any]], by: str) -> int | None:
 
 
 def sentences(
-    rows: Sequence[Mapping[str, Any]], results: Mapping[str, Sequence[Mapping[str, float]]], by: str | None
+    rows: Sequence[Mapping[str, Any]],
+    results: Mapping[str, Sequence[Mapping[str, float]]],
+    by: str | None,
+    wide: bool = False,
 ) -> list[str]:
     """Return sentences: how each measure changed from the first policy to the last, and which policy is marked.
 
     Args:
         results: by metric, each policy's results by prompt; empty if there are none.
         by: the metric whose best row is marked; None if no row is.
+        wide: whether the table has all columns.
     """
     said = describe_changes(rows, results)
     if by is not None:
-        said.append(f"{BEST} marks the best {metric(by).label}. All columns: table.md among the results, or wide=true.")
+        more = "" if wide else " All columns: table.md among the results, or wide=true."
+        said.append(f"{BEST} marks the best {metric(by).label}.{more}")
     return said
 
 

@@ -19,8 +19,8 @@ from dnpo.evaluate.leaderboard import ITEMS
 from dnpo.judges.agreement import sentence
 from dnpo.records import mean_over_steps
 from dnpo.running import best, export, notes
-from dnpo.running.console import Console, iteration_table
-from dnpo.running.ending import describe_reached, find_gains, find_intervals, list_places, show_briefly
+from dnpo.running.console import Console
+from dnpo.running.ending import describe_reached, find_gains, find_intervals, list_places, results_table, show_results
 from dnpo.running.samples import sample_table
 from dnpo.stages.agreement import read_agreement
 from dnpo.stages.files import count_labels
@@ -437,11 +437,7 @@ def show(
     """
     rows = summary["table"]
     console.say("")
-    if wide:
-        console.table(iteration_table(rows), split=True)
-    else:
-        by = summary["choice"]["best"]["by"] if "choice" in summary else None
-        show_briefly(console, rows, [find_items(iteration, store) for iteration in iterations[: len(rows)]], by)
+    show_results(console, rows, _evaluations(rows, iterations, store), _decisive(summary), wide)
     if any("eval/score" in row for row in rows):
         console.tell(
             f"score: judge's mean on sampled held-out answers (0-100); {LEARNS_FROM[summary['labelled_by']]}. "
@@ -461,7 +457,15 @@ def show(
         console.place(line)
 
 
-def show_job(console: Console, summary: Mapping[str, Any], folder: Path, job: str, wide: bool) -> None:
+def show_job(
+    console: Console,
+    summary: Mapping[str, Any],
+    iterations: Sequence[Iteration],
+    folder: Path,
+    store: Store,
+    job: str,
+    wide: bool,
+) -> None:
     """Show in a line what a job of a sweep reached; the sweep's end has the tables, the folders and what to do next.
 
     Args:
@@ -469,11 +473,21 @@ def show_job(console: Console, summary: Mapping[str, Any], folder: Path, job: st
         wide: whether to show the job's own table too, with all columns.
     """
     if wide:
+        rows = summary["table"]
         console.say("")
-        console.table(iteration_table(summary["table"]), split=True)
+        console.table(results_table(rows, _evaluations(rows, iterations, store), _decisive(summary), wide), split=True)
     for text in _remarks(summary, alone=False):
         console.tell(text)
     console.tell(f"{job}: {describe_reached(summary)}, in {shlex.quote(os.path.relpath(folder))}")
+
+
+def _evaluations(rows: Sequence[Any], iterations: Sequence[Iteration], store: Store) -> list[Path]:
+    return [find_items(iteration, store) for iteration in iterations[: len(rows)]]
+
+
+def _decisive(summary: Mapping[str, Any]) -> str | None:
+    """The metric by which the run chose a policy; None if it chose none."""
+    return summary["choice"]["best"]["by"] if "choice" in summary else None
 
 
 def _remarks(summary: Mapping[str, Any], alone: bool = True) -> list[str]:
