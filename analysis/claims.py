@@ -25,8 +25,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from rich.text import Text
 
 from analysis import claims_forecast as forecast
 from analysis import claims_page as page
@@ -43,6 +46,8 @@ from analysis.keeping import log as keep
 from analysis.keeping import make_folder, writing_to
 from dnpo.errors import SettingsError, TrackingError
 from dnpo.escape import say, tell
+from dnpo.running.console import Console
+from dnpo.screen import ScreenTable
 from dnpo.tracking.reading import KIND, Database
 from dnpo.wording import plural, ranges
 
@@ -143,9 +148,7 @@ def _go(options: argparse.Namespace) -> int:
         page.write(options.page, blocks)
         if forecasts is None and page.content(options.page, FORECAST):
             tell(f"page={options.page}: its forecast is left as it was; forecast=… makes it again")
-    for place, result in enumerate(results, 1):
-        effect = "" if result.effect is None else tables.format_effect(result)
-        print(f"{place:3} {result.claim.role:9} {result.outcome:15} {result.claim.id:34} {effect}")
+    Console().table(on_screen(results), fold=True)
     for remark in tables.remarks(results):
         if "not measured" in remark:
             tell(remark)
@@ -159,6 +162,21 @@ def _go(options: argparse.Namespace) -> int:
     if not measured:
         tell("error: no claim could be measured", error=True)
     return int(bool(failed) or not measured)
+
+
+def on_screen(results: Sequence[Result]) -> ScreenTable:
+    """The outcomes in a table of which only the last column is wrapped on a narrow terminal."""
+    table = ScreenTable(padding=(0, 1, 0, 0))
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("claim", no_wrap=True)
+    table.add_column("outcome", no_wrap=True)
+    table.add_column("effect (95 %)")
+    for role, members in groupby(enumerate(results, 1), key=lambda each: each[1].claim.role):
+        table.add_row("", Text(role, style="bold"))
+        for place, result in members:
+            effect = "" if result.effect is None else tables.format_effect(result)
+            table.add_row(str(place), result.claim.id, result.outcome, effect)
+    return table
 
 
 def _registered(book: Book, registration: Registration, exploratory: bool) -> str:

@@ -1,6 +1,7 @@
 """The planner's forecast beside the actual runs: by worked numbers, by simulation, and by the two commands."""
 
 import csv
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from analysis.claims_rules import Effect
 from scipy import stats
 
 from dnpo.errors import DataError
+from dnpo.running.console import Console
 from dnpo.stats.intervals import Components, Mean
 from tests.test_claims import CLAIM, PROMPTS, commit, git, track, write_claims
 
@@ -30,6 +32,24 @@ def row(error: float, value: float = 3.0, outcome: str = "supported", **given: A
     mean = Mean(value, error, 3.0)
     result = Result(claim(**given), outcome, Effect(mean.estimate(), mean, 4, None))  # type: ignore[arg-type]
     return Row(1, result, Forecast(0.05, 4, None, planned, planned.detectable(0.05, negligible=0.001)))
+
+
+def test_the_outcomes_fit_a_terminal_of_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long names, outcomes and units; each role is named once, above its claims."""
+    long = [
+        row(1.0, -0.1234, outcome, role=role, id="x" * 33, unit="points of 100 answers", digits=3).result
+        for role, outcome in (("secondary", "not measured"), ("secondary", "negligible"), ("check", "not as expected"))
+    ]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    Console(width=80).table(claims.on_screen(long), fold=True)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.strip() for line in lines if line.strip() in ("secondary", "check")] == ["secondary", "check"]
+    assert sum("x" * 33 in line for line in lines) == 3
+    assert "…" not in "".join(lines)
 
 
 def test_ratio_and_power_by_hand() -> None:
