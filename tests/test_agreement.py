@@ -22,6 +22,7 @@ from rich.console import Console as RichConsole
 from scipy.stats import bootstrap
 from scipy.stats import t as student
 
+from dnpo.catalogue import metric
 from dnpo.commands import agreement as command
 from dnpo.errors import DataError, JudgeError
 from dnpo.judges.agreement import compare as compare_verdicts
@@ -47,7 +48,7 @@ from dnpo.judges.agreement.stats import (
     ratio,
     share,
 )
-from dnpo.judges.agreement.table import cells, table
+from dnpo.judges.agreement.table import cells, notes, table
 from dnpo.judges.asked.ledger import Answer, Ledger, Question
 from dnpo.judges.asked.questions import Mode, Prompted
 from dnpo.judges.longer import Longer, length_score
@@ -186,7 +187,7 @@ def test_a_measure_that_is_undefined_has_a_reason() -> None:
         assert found[name].reason, name
     assert found["ties_judge"].value == 1.0
     assert "the same single category" in found["kappa"].reason
-    assert "not applicable" in found["flips"].reason
+    assert "two orders" in found["flips"].reason
     assert "no votes" in found["kappa_persons"].reason
     alone = estimates(measures(judged(votes_RV=VOTES[:, :1])), ROWS, 100, 0)
     assert alone["kappa_persons"].value == pytest.approx(0.5)
@@ -424,6 +425,11 @@ def test_a_narrow_terminal_wraps_the_texts_of_the_table_and_no_number() -> None:
     assert all(len(line) <= 80 for line in lines)
     numbers = [(value, between, count) for _, value, between, count, _ in cells(report)]
     assert all(any(all(number in line for number in row) for line in lines) for row in numbers)
+    undefined = [metric(f"agreement/{name}").title for name, each in facts["measures"].items() if each["value"] is None]
+    said_below = " ".join(notes(report))
+    assert len(undefined) > 4
+    assert all(title in said_below for title in undefined)
+    assert not any(title in row for title in undefined for row in cells(report))
 
 
 def test_rows_without_a_verdict_are_counted_and_left_out() -> None:

@@ -212,7 +212,7 @@ def _with_persons(judge_R: Labels, votes_RV: Labels) -> dict[str, AgreementMeasu
 def _of_orders(orders_RN: Array | None) -> dict[str, AgreementMeasure]:
     """How often the verdict depends on the order: any change of the verdict, and reversals."""
     if orders_RN is None:
-        no = absent("not applicable: nothing is compared in two orders")
+        no = absent("nothing is compared in two orders")
         return {"flips": no, "reversals": no}
     asked = ~np.isnan(orders_RN).any(1)
     away = np.nan_to_num(orders_RN, nan=50.0) - 50.0
@@ -227,7 +227,7 @@ def _of_orders(orders_RN: Array | None) -> dict[str, AgreementMeasure]:
 def _of_scores(scores_RN: Array | None) -> dict[str, AgreementMeasure]:
     """Shares of round scores. Among whole numbers from 0 to 100, 21/101 are multiples of 5 and 11/101 of 10."""
     if scores_RN is None:
-        no = absent("not applicable: no scores of single responses")
+        no = absent("no scores of single responses")
         return {"multiples_of_5": no, "multiples_of_10": no}
     each = np.full(len(scores_RN), scores_RN.shape[1])
     return {f"multiples_of_{n}": ratio(multiples(scores_RN, n).sum(1), each, "there are no rows") for n in (5, 10)}

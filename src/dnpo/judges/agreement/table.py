@@ -55,11 +55,11 @@ def format_value(value: float | None, metric: Metric) -> str:
 
 
 def cells(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """The rows of the table: measure, value, interval, number of rows, and a note or the reason for no value."""
+    """The rows of the table: measure, value, interval, number of rows, and a note, or why there is no interval."""
     rows = []
     for line in LINES:
         estimate = report["measures"].get(line.name)
-        if estimate is None:
+        if estimate is None or estimate["value"] is None:
             continue
         between = ""
         if estimate["low"] is not None:
@@ -82,12 +82,24 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     labels, verdicts = (
         ", ".join(f"{count:,} × {name}" for name, count in report[whose].items()) for whose in ("labels", "verdicts")
     )
-    lines = [f"People say {labels}; the judge {verdicts}. Intervals: 95 %, bootstrap over rows."]
+    intervals = "Intervals: 95 %, bootstrap over rows; Wilson's for shares of 0 and 100 %."
+    lines = [f"People say {labels}; the judge {verdicts}. {intervals}"]
     if report["unscored"]:
         reasons = "; ".join(f"{count:,} × {reason}" for reason, count in report["reasons"].items())
         lines.append(f"Left out, without a verdict: {report['unscored']:,} of {report['rows']:,} rows ({reasons}).")
+    lines += _undefined(report["measures"])
     place = _place_on_map(report["measures"])
     return [*lines, place] if place else lines
+
+
+def _undefined(measures: Mapping[str, Any]) -> list[str]:
+    """A line for each reason, with the measures that have no value for it."""
+    by_reason: dict[str, list[str]] = {}
+    for line in LINES:
+        estimate = measures.get(line.name)
+        if estimate is not None and estimate["value"] is None:
+            by_reason.setdefault(estimate["reason"], []).append(line.metric.title)
+    return [f"Not measured: {'; '.join(titles)} ({reason})." for reason, titles in by_reason.items()]
 
 
 def _place_on_map(measures: Mapping[str, Any]) -> str:
