@@ -3,14 +3,13 @@
 Each verb is a function, which is imported only when it is called, so that ``dnpo --help`` is fast.
 """
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
-from dnpo import __version__, garbage, interrupts
+from dnpo import __version__, garbage, interrupts, output
 from dnpo.commands.verbs import VERBS
 from dnpo.escape import announce, say
 
@@ -28,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: the command's; None: those of the process.
     """
+    output.outlive_readers()
     given = sys.argv[1:] if arguments is None else list(arguments)
     if not given or given[0] in ("-h", "--help", "help"):
         say(usage())
@@ -46,10 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             announce(" ".join([name, *rest]))
         with interrupts.raised():
             status = _function(verb.module)([*verb.before, *rest])
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except KeyboardInterrupt as interrupt:  # during imports, or in a verb that does not catch it
         say("\nInterrupted.")
         sys.exit(interrupts.exit_status(interrupt))

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
 from typing import Any, TypeVar
@@ -139,7 +139,8 @@ def _is_importing(frame: FrameType | None) -> bool:
 def _show(number: int, what: str) -> None:
     """Answer a signal in its handler, where print and rich could be interrupted in the middle of a line."""
     again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
-    os.write(STDERR, f"\n{signal.Signals(number).name}: {what}{again}\n".encode())
+    with suppress(BrokenPipeError):  # nobody reads it any more
+        os.write(STDERR, f"\n{signal.Signals(number).name}: {what}{again}\n".encode())
 
 
 class Held:

@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dnpo import __version__, disk, garbage, interrupts
+from dnpo import __version__, disk, garbage, interrupts, output
 from dnpo.commands.grammar import HELP, VERSION, find_dashes, program, take_folder
 from dnpo.commands.naming import run_name
 from dnpo.commands.quoting import explain_unreadable
@@ -64,9 +64,10 @@ def run(
         from dnpo.running.sweep import record_failure
 
         job = HydraConfig.get()
+        output.outlive_readers()  # this and the next lines also here, since launchers call task() in other processes
         garbage.collect_less_often()
         try:
-            with interrupts.raised():  # here too, since launchers call task() in separate processes
+            with interrupts.raised():
                 return body(cfg, job)
         except DnpoError as error:
             if job.mode is RunMode.MULTIRUN:
@@ -84,6 +85,7 @@ def run(
         return None
 
     given = sys.argv[1:] if arguments is None else list(arguments)
+    output.outlive_readers()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # makes Hydra raise errors instead of printing them
     garbage.collect_less_often()  # here too: composing creates many objects before the first line is printed
     garbage.leave_at_exit()

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from dnpo import output
 from dnpo.errors import SettingsError
 from dnpo.escape import say, tell
 from dnpo.settings import offer
@@ -138,6 +139,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
     Args:
         arguments: the arguments of the command; None: those of the process.
     """
+    output.outlive_readers()
     given = sys.argv[1:] if arguments is None else list(arguments)
     if COMPLETES in os.environ:
         say("\n".join(_settings(parser, given)))
