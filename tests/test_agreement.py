@@ -655,8 +655,8 @@ def test_a_run_shows_its_judges_agreement_with_people(tiny: Path, here: Path, mo
             r"judge=lnger: there is no such option\. Did you mean judge=longer|longer",
         ),
         (["judge=longer", "data=rows.jsonl", "resample=3"], r"resample: unknown setting\. Did you mean resamples"),
-        (["judge=longer", "data=rows.jsonl", "judge.half=0"], r"judge\.half=0: .*greater than 0"),
-        (["judge=longer", "data=rows.jsonl", "resamples=0"], r"resamples=0: .*greater than or equal to 1"),
+        (["judge=longer", "data=rows.jsonl", "judge.half=0"], r"judge\.half=0: .*above 0"),
+        (["judge=longer", "data=rows.jsonl", "resamples=0"], r"resamples=0: expected a whole number of at least 1"),
     ],
 )
 def test_errors_are_named(

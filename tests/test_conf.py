@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -137,11 +138,11 @@ def test_choosing_a_part_overrides_the_scale() -> None:
         (["generate.temperature=-1"], r"^generate\.temperature=-1: "),
         (["rollout.temperature=-1"], r"^rollout\.temperature=-1: "),
         (["plan=true", "check=true"], r"^plan=true, check=true: give one of them"),
-        (["npo.alpha=-1"], r"npo\.alpha=-1: .*greater than or equal to 0"),
+        (["npo.alpha=-1"], r"npo\.alpha=-1: expected a number of at least 0"),
         (["npo.alpha=much"], r"npo\.alpha='much': .*number"),
-        (["iterations=0"], r"iterations=0: .*greater than or equal to 1"),
-        (["iterations=1.5"], r"iterations=1\.5: .*integer"),
-        (["npo.start=-1"], r"npo\.start=-1: .*greater than or equal to 0"),
+        (["iterations=0"], r"iterations=0: expected a whole number of at least 1"),
+        (["iterations=1.5"], r"iterations=1\.5: .*whole number"),
+        (["npo.start=-1"], r"npo\.start=-1: "),
         (["+npo.shift=1"], r"npo\.shift: unknown setting"),
         (["model=local"], r"model\.path: needs a value"),
         (["data.difficulty=9"], r"data\.difficulty=9: .*1, 2, 3, 4 or 5"),
@@ -179,22 +180,59 @@ def test_a_setting_of_another_option_names_it(setting: str, options: str, tmp_pa
     assert done.stderr == f"error: {name}: a setting of {options}; give that too, such as {first} {name}=…\n"
 
 
+class Own(torch.optim.SGD):
+    """An optimizer of a user."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr=lr)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("+trainer.optimizer.lrr=1", r"trainer\.optimizer\.lrr: unknown setting\. Did you mean trainer\.optimizer\.lr"),
         ("trainer.optimizer._target_=torch.optim.Nothing", r"trainer\.optimizer\._target_=.*cannot be imported"),
-        ("trainer.optimizer.lr=-1", r"trainer\.optimizer\.lr=-1: .*learning rate"),
-        ("trainer.optimizer.lr=abc", r"trainer\.optimizer\.lr=abc: "),
-        ("+trainer.optimizer.weight_decay=much", r"trainer\.optimizer\.weight_decay=much: "),
-        ("+sft.optimizer.betas=[2,0.9]", r"sft\.optimizer\.betas=\[2, 0\.9\]: "),
+        ("+trainer.optimizer.etas=[2,1] trainer.optimizer._target_=torch.optim.Rprop", r"trainer\.optimizer\.etas="),
+        ("trainer.optimizer.lr=abc trainer.optimizer._target_=tests.test_conf.Own", r"lr=abc: expected a number$"),
     ],
 )
 def test_a_wrong_optimizer_is_named_before_anything_is_computed(override: str, message: str) -> None:
     """Torch is imported for it only if something is trained; this holds for plans too."""
-    run, _, _ = build(composed("tracking=off", override))
+    run, _, _ = build(composed("tracking=off", *override.split()))
     with pytest.raises(SettingsError, match=message):
         check_optimizers(run, list(chain(run)), Store(Path("there-is-no-such-folder")))
+
+
+@pytest.mark.parametrize("training", ["sft", "trainer", "augment.optimisation"])
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("lr", "a number above 0"),
+        ("weight_decay", "a number of at least 0"),
+        ("betas", "2 numbers of at least 0 and below 1"),
+        ("amsgrad", "true or false"),
+        ("fused", "true or false or null"),
+    ],
+)
+@pytest.mark.parametrize("value", ["abc", "-1", "null", "[1,abc]", "true", "inf", "0"])
+def test_a_setting_of_an_optimizer_says_what_it_must_be(training: str, setting: str, words: str, value: str) -> None:
+    """Before torch is imported, so for plans too; in a list, ``trainer`` has a value for each iteration."""
+    right = {"true": ("amsgrad", "fused"), "null": ("fused",), "0": ("weight_decay",)}
+    given = ["tracking=off", "augment=tiny", f"{training}.optimizer._target_=torch.optim.AdamW"]
+    given += ["iterations=2", f"++{training}.optimizer.{setting}={value}"]
+    if setting in right.get(value, ()):
+        build(composed(*given))
+        return
+    words = words.replace("a number", "a finite number") if value == "inf" else words
+    message = rf"^{training}\.optimizer\.{setting}.*=.*: expected {words}$"
+    with pytest.raises(SettingsError, match=message):
+        build(composed(*given))
+
+
+@pytest.mark.parametrize("value", ["abc", "-1", "null", "true", "0"])
+def test_the_rate_of_the_noise_says_what_it_must_be(value: str) -> None:
+    with pytest.raises(SettingsError, match=r"^npo\.learning_rate=.*: expected a number above 0$"):
+        build(composed("tracking=off", "method=dnpo", f"npo.learning_rate={value}"))
 
 
 SAME = [

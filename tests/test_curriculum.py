@@ -134,7 +134,7 @@ def test_mix_with_different_prompts_and_with_few_pairs() -> None:
 @pytest.mark.parametrize(
     ("shares", "message"),
     [
-        ([0.5, -0.5], r"curriculum\.shares.*-0\.5.*greater than or equal to 0"),
+        ([0.5, -0.5], r"curriculum\.shares.*-0\.5.*expected a list of numbers of at least 0"),
         ([0.0, 0.0], r"curriculum\.shares=\[0\.0, 0\.0\]: they sum to 0"),
         ([], r"curriculum\.shares=\[\]: they sum to 0"),
         (["x"], r"curriculum\.shares.*number"),

@@ -382,7 +382,7 @@ def test_roles_that_a_setting_names(file: Path) -> None:
     assert everything(named)["x"] == Prompt("x", [USER], "So.")
     assert "roles" in named.identity()
     assert "roles" not in jsonl(file).identity()
-    with pytest.raises(SettingsError, match=r"^data\.roles=.*narrator.*input should be"):
+    with pytest.raises(SettingsError, match=r"^data\.roles=.*narrator.*expected "):
         check(
             "data", {"_target_": "dnpo.data.files.JsonLines", "path": str(file), **LIMITS, "roles": {"narrator": "x"}}
         )

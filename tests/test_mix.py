@@ -164,7 +164,7 @@ GIVEN = (
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["data.weights={chat: -1, code: 1}"], "data.weights.*greater than 0"),
+        (["data.weights={chat: -1, code: 1}"], "data.weights.*expected {NAME: a number above 0, …}"),
         (["data.weights={chat: 1, cood: 1}"], r"data\.weights\.cood: there is no such source"),
         (["data.sources.chat.pth=x"], r"data\.sources\.chat\.pth"),
         (["+data.sources.other=7"], r"data\.sources"),

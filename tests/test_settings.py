@@ -72,6 +72,23 @@ def outer(**settings: Any) -> dict[str, Any]:
     return check("part", {"_target_": OUTER, **settings})
 
 
+WORDS = {
+    "positive": "a number above 0",
+    "non_negative": "a number of at least 0",
+    "finite": "a number",
+    "fraction": "a number from 0 to 1",
+    "count": "a whole number of at least 1",
+    "natural": "a whole number of at least 0",
+    "flag": "true or false",
+    "word": "a valid string",
+    "choice": "'mean' or 'sum'",
+    "maybe": "a whole number or null",
+    "words": "a valid",
+    "between": "a number above -1 and at most 2",
+    "maybe_natural": "a whole number of at least 0 or null",
+}
+
+
 def message(call: Callable[[], Any]) -> str:
     """The message of the SettingsError that a call raises."""
     with pytest.raises(SettingsError) as caught:
@@ -180,8 +197,7 @@ def test_what_an_import_lacks_is_named(target: str, said: str, tmp_path: Path, m
 def test_wrong_type(wrong: dict[str, Any]) -> None:
     """Only whole numbers are converted to floats: "false" is not false, and 2.5 steps are not 2."""
     ((key, value),) = wrong.items()
-    expected = "expected true or false" if key == "flag" else "input should be "
-    assert message(lambda: outer(**wrong)).startswith(f"part.{key}={value!r}: {expected}")
+    assert message(lambda: outer(**wrong)).startswith(f"part.{key}={value!r}: expected {WORDS[key]}")
 
 
 @pytest.mark.parametrize(
@@ -212,8 +228,8 @@ def test_wrong_type(wrong: dict[str, Any]) -> None:
 def test_out_of_range(wrong: dict[str, Any]) -> None:
     """A value outside its range is refused before any computation; NaN is in no range."""
     ((key, value),) = wrong.items()
-    expected = "expected true or false" if key == "flag" else "input should be "
-    assert message(lambda: outer(**wrong)).startswith(f"part.{key}={value!r}: {expected}")
+    words = WORDS[key] if math.isfinite(value) else WORDS[key].replace("a number", "a finite number")
+    assert message(lambda: outer(**wrong)) == f"part.{key}={value!r}: expected {words}"
 
 
 @pytest.mark.parametrize(
@@ -283,7 +299,7 @@ def test_nested_target_is_checked() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"_target_": INNER, "widht": 2}, "part.inner.widht: unknown setting. Did you mean part.inner.width?"),
         ({"_target_": INNER}, "part.inner.width: needs a value"),
-        ({"_target_": INNER, "width": 0}, "part.inner.width=0: input should be greater"),
+        ({"_target_": INNER, "width": 0}, "part.inner.width=0: expected a whole number of at least 1"),
         ({"_target_": "no_such.Thing", "width": 1}, "part.inner._target_=no_such.Thing: cannot be imported"),
     ]
     for inner, expected in cases:
@@ -344,7 +360,7 @@ def test_settings_of_the_engine() -> None:
         (
             "npo",
             {"_target_": noise, "cache_hidden": True},
-            "npo.cache_hidden=True: input should be 'auto', 'on' or 'off'",
+            "npo.cache_hidden=True: expected 'auto', 'on' or 'off'",
         ),
         (
             "npo",

@@ -13,12 +13,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from dnpo.errors import DnpoError, SettingsError
 
@@ -32,6 +33,7 @@ class Range:
     gt: float | None = None
     ge: float | None = None
     le: float | None = None
+    lt: float | None = None
 
     __is_annotated_types_grouped_metadata__: ClassVar[Literal[True]] = (
         True  # tells pydantic that __iter__ yields constraints
@@ -40,8 +42,15 @@ class Range:
     def __iter__(self) -> Iterator[Any]:
         from pydantic import Field
 
-        field: Any = Field(gt=self.gt, ge=self.ge, le=self.le, allow_inf_nan=False)
+        field: Any = Field(gt=self.gt, ge=self.ge, le=self.le, lt=self.lt, allow_inf_nan=False)
         yield from field.metadata
+
+    def __str__(self) -> str:
+        """The range in words, to follow the word number."""
+        if self.ge is not None and self.le is not None:
+            return f" from {self.ge:g} to {self.le:g}"
+        bounds = {"above": self.gt, "of at least": self.ge, "below": self.lt, "at most": self.le}
+        return " and".join(f" {words} {bound:g}" for words, bound in bounds.items() if bound is not None)
 
 
 Positive = Annotated[float, Range(gt=0)]
@@ -54,6 +63,11 @@ Dtype = Literal["float32", "bfloat16"]  # of weights
 Quantisation = Literal["nf4", "int8"]  # of a base model's weights, in 4 or 8 bits
 
 SPECIAL = ("_target_", "_partial_")
+OF_NUMBERS = {  # pydantic's names of errors that :func:`expected` puts into words
+    *("bool_type", "int_type", "float_type", "int_from_float", "finite_number"),
+    *("list_type", "tuple_type", "dict_type", "too_long", "missing"),
+    *("greater_than", "greater_than_equal", "less_than", "less_than_equal"),
+}
 OWN = "dnpo."
 CHANGES_RESULT = "changes result"  # a field's metadata; true by default
 IS_PLACE = "is a place"  # another key of metadata; false by default
@@ -341,7 +355,7 @@ def check_values(
     return {
         key: value
         if key not in hints or is_part(value) or _are_parts(value)
-        else _check_value(_join_names(name, key), value, hints[key])
+        else check_value(_join_names(name, key), value, hints[key])
         for key, value in values.items()
     }
 
@@ -359,16 +373,24 @@ def accepts(target: Callable[..., Any], key: str, value: Any) -> bool:
     """Whether a value has the type of a setting of ``target``."""
     plain = inspect.isclass(target) and not dataclasses.is_dataclass(target)
     hints = get_type_hints(target.__init__ if plain else target, include_extras=True)
-    if key not in hints:
-        return True
+    return key not in hints or is_valid(value, hints[key])
+
+
+def is_valid(value: Any, hint: Any) -> bool:
+    """Whether a value has a type, and is in its range."""
     try:
-        _check_value(key, value, hints[key])
+        check_value("", value, hint)
     except SettingsError:
         return False
     return True
 
 
-def _check_value(name: str, value: Any, hint: Any) -> Any:
+def check_value(name: str, value: Any, hint: Any) -> Any:
+    """Convert a value to a type.
+
+    Raises:
+        SettingsError: it has another type, or is out of range; the message begins with the name.
+    """
     from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
     try:
@@ -379,12 +401,43 @@ def _check_value(name: str, value: Any, hint: Any) -> Any:
         return adapter.validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        problem = "expected true or false" if first["type"].startswith("bool_") else first["msg"]
+        words = expected(hint, finite=first["type"] == "finite_number") if first["type"] in OF_NUMBERS else ""
+        if first["type"] in ("is_instance_of", "dataclass_type", "dataclass_exact_type"):
+            words = "the settings of a part, with a _target_"
+        problem = f"expected {words}" if words else first["msg"].replace("Input should be", "expected")
         if first["loc"][-1:] == ("[key]",):
             problem = f"{problem}, not {first['input']!r}"
         quoted = first["type"] == "string_type" and isinstance(value, bool | int | float)
         advice = f"""; to give it as text, quote it: '{name}="…"'""" if quoted else ""
         raise SettingsError(f"{name}={value!r}: {problem[0].lower()}{problem[1:]}{advice}") from None
+
+
+def expected(hint: Any, finite: bool = False, several: bool = False) -> str:
+    """Say what a setting of numbers or switches must be, such as ``a number above 0``; "" for other types.
+
+    Args:
+        finite: whether to say that infinity is no such number.
+        several: whether to speak of several such values.
+    """
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        words = expected(inner[0], finite, several)
+        return words and words + "".join(str(each) for each in inner[1:] if isinstance(each, Range))
+    if kind in (list, tuple, Sequence):
+        words = expected(inner[0], finite, several=True)
+        return words and f"{len(inner) if kind is tuple and Ellipsis not in inner else 'a list of'} {words}"
+    if kind in (dict, Mapping):
+        words = expected(inner[1], finite)
+        return words and f"{{NAME: {words}, …}}"
+    if kind in (Union, UnionType):
+        words = expected(inner[0], finite) if len(inner) == 2 and inner[1] is NoneType else ""
+        return words and f"{words} or null"
+    if hint is bool:
+        return "true or false"
+    if hint not in (int, float):
+        return ""
+    words = "finite " * finite + ("whole number" if hint is int else "number")
+    return f"{words}s" if several else f"a {words}"
 
 
 def locate(name: str, target: str) -> Callable[..., Any]:

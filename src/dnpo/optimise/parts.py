@@ -11,7 +11,21 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from dnpo.errors import SettingsError
-from dnpo.settings import Bound, Count, Finite, Fraction, Natural, NonNegative, Positive, Range, neutral, settings_key
+from dnpo.settings import (
+    Bound,
+    Count,
+    Finite,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Range,
+    check_value,
+    expected,
+    is_valid,
+    neutral,
+    settings_key,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -456,6 +470,21 @@ class MovingAverage:
 
 # --- training
 
+Betas = tuple[Annotated[float, Range(ge=0, lt=1)], Annotated[float, Range(ge=0, lt=1)]]
+TORCH = "torch.optim."
+OPTIMIZERS: Mapping[str, Any] = {  # the settings of torch's optimizers, which it does not check, or in its own words
+    "lr": Positive,
+    "betas": Betas,
+    "rho": Fraction,
+    "dampening": Finite,
+    "Adafactor.eps": Any,  # its two are not as the others
+    **dict.fromkeys(("eps", "weight_decay", "momentum", "alpha", "lr_decay", "momentum_decay"), NonNegative),
+    **dict.fromkeys(("initial_accumulator_value", "lambd", "t0"), NonNegative),
+    **dict.fromkeys(("amsgrad", "nesterov", "centered", "decoupled_weight_decay"), bool),
+    **dict.fromkeys(("maximize", "capturable", "differentiable"), bool),
+    **dict.fromkeys(("foreach", "fused"), bool | None),
+}
+
 
 @dataclass(frozen=True)
 class Optimisation:
@@ -535,6 +564,22 @@ class Optimisation:
         """The maximum number of rows that go through the model at once."""
         return self.micro_batch_size or self.batch_size
 
+    def check_numbers(self, name: str) -> None:
+        """Check the values of settings of torch's optimizers, without importing torch.
+
+        Args:
+            name: dotted name of the settings, such as ``trainer``.
+
+        Raises:
+            SettingsError: a value has the wrong type or is out of range; names the setting.
+        """
+        if not self.optimizer.target.startswith(TORCH):
+            return
+        kind = self.optimizer.target.removeprefix(TORCH)
+        for key, value in self.optimizer.settings.items():
+            hint = OPTIMIZERS.get(f"{kind}.{key}", OPTIMIZERS.get(key, Any))
+            check_value(f"{name}.optimizer.{key}", tuple(value) if isinstance(value, list) else value, hint)
+
     def check(self, name: str) -> None:
         """Check that the optimizer can be created, before anything is generated.
 
@@ -561,7 +606,11 @@ class Optimisation:
             # the library's message names a parameter at best; the setting without which it works is the wrong one
             wrong = [each for each in given if problem({key: given[key] for key in given if key != each}) is None]
             named = ", ".join(f"{name}.optimizer.{each}={given[each]}" for each in wrong or given)
-            raise SettingsError(f"{named or f'{name}.optimizer'}: {error}") from error
+            defaults = inspect.signature(self.optimizer.resolve()).parameters
+            of_numbers = [each for each in wrong if type(defaults[each].default) in (int, float)]
+            no_number = any(not is_valid(given[each], float) for each in of_numbers)
+            words = f"expected {expected(float)}" if no_number else error
+            raise SettingsError(f"{named or f'{name}.optimizer'}: {words}") from error
 
     def passes(self, rows: int) -> float:
         """How often a training on ``rows`` rows reads each row."""

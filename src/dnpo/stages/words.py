@@ -46,13 +46,14 @@ def check_words(plans: Sequence[Plan], model: "ModelPart", never: "Noise | None"
 
 
 def check_trainings(run: Run) -> None:
-    """Refuse settings of trainings that cannot be combined with each other or with quantised weights.
+    """Refuse settings of trainings that have wrong values, or do not fit each other or quantised weights.
 
     Raises:
         SettingsError: names the settings.
     """
     kind = run.model.quantization
     for name, how in run.trainings():
+        how.check_numbers(name)
         if how.measures and how.parallel == "sharded":
             raise SettingsError(
                 f"{name}.{how.asked}: needs all weights in one process to measure the loss on held-out rows, and each "
