@@ -1,6 +1,5 @@
 """A judge's agreement with people: every measure by hand and by brute force, and the whole command."""
 
-import contextlib
 import io
 import json
 import math
@@ -418,9 +417,8 @@ def test_a_narrow_terminal_wraps_the_texts_of_the_table_and_no_number() -> None:
     facts, _ = compare_verdicts(rows, said, False, 100, 0)
     report = {**facts, "judge": "judge=longer", "data": "rows.jsonl"}
     console = ScreenConsole()
-    console.rich = RichConsole(file=io.StringIO(), width=80, force_terminal=True)
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        console.table(table(report), fold=True)
+    console.rich = RichConsole(file=(out := io.StringIO()), width=80, force_terminal=True, color_system=None)
+    console.table(table(report), fold=True)
     lines = out.getvalue().splitlines()
     assert all(len(line) <= 80 for line in lines)
     numbers = [(value, between, count) for _, value, between, count, _ in cells(report)]

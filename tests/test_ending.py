@@ -301,9 +301,7 @@ def test_a_job_reports_its_number_in_the_sweep_and_the_remaining_time(tmp_path: 
         ({"best": {"iteration": 0, "by": "eval/accuracy", "value": 0.5}, "kept": 1}, "accuracy 10.0 → 50.0 %"),
     ],
 )
-def test_a_job_of_a_sweep_ends_with_a_line_and_its_warnings(
-    choice: dict[str, Any], shown: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_job_of_a_sweep_ends_with_a_line_and_its_warnings(choice: dict[str, Any], shown: str, tmp_path: Path) -> None:
     rows = [
         {"iteration": name, "eval/score": score, "eval/accuracy": right}
         for name, score, right in (("SFT", 22.3, 0.1), (0, 22.4, 0.5), (1, 20.0, 0.2))
@@ -321,10 +319,10 @@ def test_a_job_of_a_sweep_ends_with_a_line_and_its_warnings(
     assert " ".join(lines).endswith(f"job 1 of 4: {shown}, in {folder}")
     if not choice:
         assert lines[-1].startswith("job 1"), "it fits a line"
-    assert not capsys.readouterr().out
+    assert "Results by iteration" not in " ".join(lines)
     job(wide=True)
-    assert "Results by iteration" in " ".join(plain(out))
-    assert "accuracy, %" in capsys.readouterr().out
+    assert "Results by iteration" in plain(out)
+    assert "accuracy, %" in " ".join(plain(out))
 
 
 def test_the_loss_of_the_last_step_is_shown_and_all_steps_are_passed_on(
@@ -597,6 +595,28 @@ def test_a_wide_table_without_a_title_is_split_into_parts_without_one(
         *(["stage", "needed", "by"], ["sft/0123", "r" * 60], []),
         *(["stage", "by"], ["sft/0123", "m" * 60]),
     ]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("how", [{}, {"split": True}, {"fold": True}, None], ids=str)
+def test_no_line_of_a_table_ends_with_blanks(
+    how: dict[str, bool] | None, terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    table = ScreenTable("A title", padding=(0, 2, 0, 0))
+    for heading in ("stage", "made", "what"):
+        table.add_column(heading)
+    table.add_row("sft/0123", "yesterday", "short")
+    table.add_row("sft/4567", "", "a longer text", style="bold")
+    console = Console(width=26)
+    if how is None:
+        console.table_cut(table)
+    else:
+        console.table(table, **how)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    assert len(lines) >= 4
+    assert [line for line in lines if line.endswith(" ")] == []
 
 
 def test_the_parts_of_a_wide_table_cut_no_cell(

@@ -155,7 +155,8 @@ class Console:
                 self._print_title(str(part.title))
                 part.title = None
             width = self.rich.width if fold and self.rich.is_terminal else max(self.rich.width, _measure(part))
-            RichConsole(width=width, highlight=False).print(part)
+            for line in _draw(part, width):
+                self.rich.print(line)
 
     def _print_title(self, title: str) -> None:
         text = fold(title, self.rich.width) if self.rich.is_terminal else title
@@ -166,13 +167,9 @@ class Console:
         if not self.rich.is_terminal:
             self.table(table)
             return
-        whole = RichConsole(width=_measure(table), highlight=False)
-        with whole.capture() as captured:
-            whole.print(table)
-        lines = [Text.from_ansi(line) for line in captured.get().splitlines()]
-        cut = [line for line in lines if len(line.plain.rstrip()) > self.rich.width]
+        lines = _draw(table, _measure(table))
+        cut = [line for line in lines if line.cell_len > self.rich.width]
         for line in lines:
-            line.rstrip()
             line.truncate(self.rich.width, overflow="ellipsis")
             self.rich.print(line)
         if cut:
@@ -344,6 +341,17 @@ def _measure(table: ScreenTable) -> int:
     """Return the width of a table in characters if nothing is cut or wrapped."""
     wide = RichConsole(width=1000)
     return Measurement.get(wide, wide.options, table).maximum
+
+
+def _draw(table: ScreenTable, width: int) -> list[Text]:
+    """Return the lines of a table; without the blanks by which Rich makes them equally long."""
+    console = RichConsole(width=width, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    lines = [Text.from_ansi(line) for line in captured.get().splitlines()]
+    for line in lines:
+        line.rstrip()
+    return lines
 
 
 def _split(table: ScreenTable, width: int) -> list[ScreenTable]:
