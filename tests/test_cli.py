@@ -125,6 +125,15 @@ def test_help_shows_a_list_of_words_as_a_setting(tmp_path: Path, narrow: None) -
     assert "for each iteration" not in done.stdout
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "leaderboard"])
+def test_help_leaves_out_settings_without_effect(verb: str, tmp_path: Path) -> None:
+    text = dnpo(tmp_path, verb, "--help").stdout
+    shown = shown_settings(text)
+    assert "model.path" in shown
+    assert "model=" not in text, "it is no option there"
+    assert [name for name in shown if name.startswith(("sft", "model.lora"))] == []
+
+
 @pytest.mark.parametrize(
     "choices",
     [

@@ -14,12 +14,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from dnpo.commands.evaluate import PARTS, check_settings, describe_outcome, other_model, table
+from dnpo.commands.evaluate import IDLE, PARTS, check_settings, describe_outcome, other_model, table
 from dnpo.errors import SettingsError
+from dnpo.judges.asked.ledger import Ledger
+from dnpo.loop import chain
 from dnpo.records import Item
 from dnpo.running import console as screen
-from dnpo.settings import conf_folder
+from dnpo.settings import build, conf_folder
 from dnpo.stages.duels import Duel, outcome, read_duels
+from dnpo.stages.plan import Run
 from dnpo.stats.wins import wins
 from dnpo.tables import read
 from tests.commands import run_command, succeed
@@ -42,6 +45,24 @@ def settings(*overrides: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group: str, option: str) -> None:
     settings(f"{group}={option}", *NEEDED.get((group, option), []))
+
+
+def keys(tmp_path: Path, *overrides: str) -> list[str]:
+    """The keys of the stages of an evaluation."""
+    (tmp_path / "config.json").touch()
+    _, found = settings(f"model.path={tmp_path}", *overrides)
+    parts: dict[str, Any] = {name: build(name, found[name]) for name in PARTS if name != "tracking"}
+    with Ledger(tmp_path / "ledger.sqlite", "") as ledger:
+        (measured,) = chain(Run(seed=0, device="cpu", plans=(), ledger=ledger, **parts))
+    return [stage.key for stage in measured.stages]
+
+
+def test_settings_that_the_help_leaves_out_change_nothing(tmp_path: Path) -> None:
+    given = {"model.lora": "+model.lora.rank=4", "generate.append_eos": "++generate.append_eos=true"}
+    given |= {"eval.initial": "++eval.initial=true"}
+    assert {*given, "sft"} == set(IDLE)  # settings of sft are refused if they would train
+    assert keys(tmp_path, *given.values()) == keys(tmp_path)
+    assert keys(tmp_path, "eval.samples=2") != keys(tmp_path)
 
 
 def documented() -> list[str]:

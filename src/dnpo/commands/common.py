@@ -9,7 +9,7 @@ import shlex
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -44,6 +44,7 @@ def run(
     body: Callable[[DictConfig, Any], Any],
     interrupted: str = KEPT,
     arguments: Sequence[str] | None = None,
+    idle: Collection[str] = (),
 ) -> None:
     """Compose ``conf/CONFIG.yaml`` with the arguments and call ``body``, once for every job of a multirun.
 
@@ -57,6 +58,7 @@ def run(
             optimises.
         interrupted: message after Ctrl-C, or a signal that asks the process to end.
         arguments: arguments of the command; None: those of the process.
+        idle: parts and settings in the file that have no effect in this command, which its help leaves out.
     """
     failed: list[str] = []
 
@@ -96,7 +98,7 @@ def run(
         if HELP & set(given):
             from dnpo.commands.explain import show
 
-            show(config, program(*called), given)
+            show(config, program(*called), given, idle)
             return
         if VERSION & set(given):
             say(f"dnpo {__version__}")

@@ -38,6 +38,7 @@ PARTS = ("model", "data", "sft", "generate", "judge", "second_judge", "eval", "t
 HUMAN = "human"
 OURS, THEIRS = "model", "against"
 RESULTS = "evaluation.json"
+IDLE = ("sft", "model.lora", "generate.append_eos", "eval.initial")  # nothing is trained, and no pairs are sampled
 
 
 def top_settings(
@@ -69,7 +70,7 @@ def top_settings(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``python -m dnpo.evaluate``."""
-    command.run("evaluate", ("dnpo.evaluate", "evaluate"), _run, arguments=arguments)
+    command.run("evaluate", ("dnpo.evaluate", "evaluate"), _run, arguments=arguments, idle=IDLE)
 
 
 # --- settings

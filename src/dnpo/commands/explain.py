@@ -10,7 +10,7 @@ import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
@@ -33,19 +33,21 @@ START = "the iteration from which it acts; last is the run's last one."  # of an
 COMMENT = re.compile(r"^( *)([\w]+):.*?\s#\s*(.*)$")
 
 
-def show(config: str, usage: str, arguments: Sequence[str]) -> None:
+def show(config: str, usage: str, arguments: Sequence[str], idle: Collection[str] = ()) -> None:
     """Print all settings of a command.
 
     Args:
         config: name of its file in ``conf/``, whose first comment describes the command.
         usage: how the command is called.
         arguments: the arguments given with ``--help``: the options that they choose are explained.
+        idle: parts and settings that have no effect here, which are left out.
 
     Raises:
         SettingsError: the settings cannot be read.
     """
     width = max(LEAST, min(MOST, shutil.get_terminal_size().columns - 1))
     tree, choices = _compose(config, arguments)
+    tree = {name: value for name, value in tree.items() if name not in idle}
     file = conf_folder() / f"{config}.yaml"
     say(f"usage: {usage} [PART=OPTION | SETTING=VALUE] …\n")
     say(textwrap.fill(_purpose(file), width, break_on_hyphens=False))
@@ -63,7 +65,7 @@ def show(config: str, usage: str, arguments: Sequence[str]) -> None:
         _head(group, choices.get(group), width)
         if isinstance(value, list):
             say(f"  a list, one for each iteration; shown here is the first, {name}.0")
-        _part(name, firsts[name], width)
+        _part(name, firsts[name], width, idle)
     if TYPICAL in tree:
         say(f"\n{TYPICAL}\n  Values set by scale=…, method=… and +sweep=…, which other options refer to.")
         for name, value in _flat({TYPICAL: tree[TYPICAL]}):
@@ -80,7 +82,7 @@ def _purpose(file: Path) -> str:
 def _head(name: str, chosen: str | None, width: int) -> None:
     options = sorted(file.stem for file in (conf_folder() / name.partition("@")[0]).glob("*.yaml"))
     say(f"\n{name}={chosen}" if chosen else f"\n{name}")
-    if len(options) > 1:
+    if chosen and len(options) > 1:
         text = f"{name}={'|'.join(options)}".replace("|", " | ")
         say(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="    "))
 
@@ -148,11 +150,10 @@ def _is_part(value: Any) -> bool:
     return isinstance(value, dict) and "_target_" in value
 
 
-def _part(place: str, settings: Mapping[str, Any], width: int) -> None:
+def _part(place: str, settings: Mapping[str, Any], width: int, idle: Collection[str]) -> None:
     """Print one part's purpose and settings, then its inner parts."""
     target = str(settings["_target_"])
     own = {name: value for name, value in settings.items() if not name.startswith("_")}
-    inner = {name: value for name, value in own.items() if _is_part(value)}
     if not target.startswith("dnpo."):
         _wrap(f"Settings of {target}.", width)
         words: dict[str, str] = {}
@@ -162,13 +163,15 @@ def _part(place: str, settings: Mapping[str, Any], width: int) -> None:
         _wrap(_unmarked(purpose), width)
         words = {"start": START, **describe(part)}
         own |= _defaults(part, own)
+    own = {name: value for name, value in own.items() if f"{place}.{name}" not in idle}
+    inner = {name: value for name, value in own.items() if _is_part(value)}
     for name, value in own.items():
         if name not in inner:
             for dotted, leaf in _flat({name: value}):
                 _line(f"{place}.{dotted}", leaf, words.get(name, "") if dotted == name else "", width)
     for name, value in inner.items():
         _wrap(f"{place}.{name}:" + (f" {words[name]}" if name in words else ""), width)
-        _part(f"{place}.{name}", value, width)
+        _part(f"{place}.{name}", value, width, idle)
 
 
 def _wrap(text: str, width: int) -> None:

@@ -29,7 +29,7 @@ def top_settings(*, device: str, threads: Count) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``python -m dnpo.leaderboard``."""
     nothing = "Nothing is kept: the same command starts from the beginning."
-    command.run("leaderboard", ("dnpo.leaderboard", "leaderboard"), _run, nothing, arguments)
+    command.run("leaderboard", ("dnpo.leaderboard", "leaderboard"), _run, nothing, arguments, idle=("model.lora",))
 
 
 def _run(cfg: DictConfig, job: Any) -> None:
