@@ -39,6 +39,7 @@ from dnpo.data.curriculum.embedding import embed_by_policy, text_of
 from dnpo.data.curriculum.prune import Prune
 from dnpo.data.tinyworld import FAMILIES, Problem, TinyWorld, problems, respond
 from dnpo.records import Pair
+from dnpo.wording import percent
 
 Corruption = Callable[[random.Random, str], str | None]
 """Corrupts a text; None if there is nothing to corrupt."""
@@ -235,7 +236,7 @@ def families(embed: Embed, rows: int) -> list[str]:
             family: np.mean([i not in left for i, row in enumerate(prompts) if row.family == family])
             for family in FAMILIES
         }
-        lines.append(f"{name:17}" + "".join(f"{each:12.0%}" for each in share.values()))
+        lines.append(f"{name:17}" + "".join(f"{percent(each, 0):>12}" for each in share.values()))
     return lines
 
 

@@ -22,6 +22,7 @@ from benchmarks.harness import Facts, Worker
 from benchmarks.problem import SHAPES, Shape, batches
 from benchmarks.variant import NOISY, OBJECTIVES
 from benchmarks.worker import add_arguments, pass_on
+from dnpo.wording import percent
 
 RATIO = {"head": 0.06}  # maximum of ours over naive beyond the blocks, for pairs with drawn lengths
 NOISE = {"head": 260.0}  # MB that NPO may add to DPO
@@ -105,7 +106,7 @@ def _objectives(given: argparse.Namespace) -> None:
             f"{row['added']:,.1f}",
             f"{row['more']:+,.1f}",
             f"{row['allowed']:,.1f}",
-            f"{row['added'] / logits:.1%}",
+            percent(row["added"] / logits),
             "met" if row["met"] else "MISSED",
         ]
         for row in found

@@ -66,7 +66,7 @@ def compare(folder: Path, count: int) -> None:
     asked = (prompts * (count // len(prompts) + 1))[:count]
     answers = [sample(policy, asked, Sampling(batch_size=128), "policy", 48, 7, Quiet()) for policy in policies]
     changed = sum(a.token_ids != b.token_ids for a, b in zip(*answers, strict=True))
-    print(f"{changed:,} of {count:,} sampled responses differ ({changed / count:.2%})")
+    print(f"{changed:,} of {count:,} sampled responses differ ({100 * changed / count:.2f} %)")
 
 
 if __name__ == "__main__":

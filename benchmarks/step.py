@@ -18,6 +18,7 @@ from benchmarks.harness import Facts, Worker
 from benchmarks.problem import SHAPES, Pairs, Shape, batches
 from benchmarks.variant import NOISY, OBJECTIVES
 from benchmarks.worker import NAMES, add_arguments, dtype_of, pass_on
+from dnpo.wording import percent
 
 # numerator, denominator, target on the head-heavy model and on the body-heavy one
 RATIOS: tuple[tuple[str, str, dict[str, float]], ...] = (
@@ -126,7 +127,7 @@ def _share(runs: list[Facts], rate: float) -> str:
     """The rate of the matrix products of blocks and head, relative to the device's rate on large products."""
     if runs[0]["flops"] is None:
         return ""
-    return f"{statistics.median(sum(run['flops'].values()) / run['seconds'] for run in runs) / rate:.0%}"
+    return percent(statistics.median(sum(run["flops"].values()) / run["seconds"] for run in runs) / rate, 0)
 
 
 def _agreement(runs: dict[str, list[Facts]]) -> float | None:
