@@ -66,22 +66,30 @@ def test_the_table_fits_any_terminal_for_all_measures(seed: int) -> None:
     assert metric(first).heading in lines[1]
 
 
-def test_similar_runs_have_the_same_columns() -> None:
-    """The columns are those that have room if numbers are as long as usual, whatever these numbers are."""
-    usual = dict.fromkeys(("eval/score", "eval/accuracy", "eval/win", "eval/lose", "pairs/flips"), 0.5)
-    usual |= dict.fromkeys(("drift/kl", "eval/loss", "stagnation/ks", "loss/policy", "seconds"), 2.0)
-    headings = set()
-    for score, right, half in ((1.0, 0.01, 0.1), (99.9, 0.5, 9.9), (50.0, 1.0, 22.2)):
-        row = usual | {"eval/score": score, "eval/accuracy": right, "eval/win": right, "eval/lose": right}
-        around = {
-            "eval/score": [Estimate(score, score - half, score + half)],
-            "eval/accuracy": [Estimate(right, right - half / 100, right + half / 100)],
-        }
-        headings.add(
-            tuple(str(each.header) for each in compact_table([{"iteration": "SFT", **row}], around, 0).columns)
-        )
-    assert {line[-1] for line in headings} == {"held-out loss"}
-    assert len(headings) == 1
+@pytest.mark.parametrize("scored", [(), ("eval/score",), ("eval/score", "second/score")], ids=len)
+@pytest.mark.parametrize("right", [(), ("leaderboard/average",), ("eval/accuracy",)], ids=str)
+@pytest.mark.parametrize("labelled", [(), ("pairs/flips",)], ids=len)
+@pytest.mark.parametrize("compared", [(), ("eval/win", "eval/lose")], ids=len)
+def test_similar_runs_have_the_same_columns(
+    scored: tuple[str, ...], right: tuple[str, ...], labelled: tuple[str, ...], compared: tuple[str, ...]
+) -> None:
+    """What is measured decides on the columns, however long the numbers are; all of them fit."""
+    others = ("drift/kl", "eval/loss", "stagnation/ks", "loss/policy", "seconds")
+    shown = set()
+    for points, share, half, other in ((1.0, 0.01, 0.1, 0.1), (99.9, 0.5, 9.9, 12.3), (100.0, 1.0, 22.2, 150.7)):
+        row: dict[str, Any] = {"iteration": "SFT", **dict.fromkeys(scored, points), **dict.fromkeys(others, other)}
+        row |= dict.fromkeys((*right, *labelled, *compared), share)
+        around = {name: [Estimate(points, points - half, points + half)] for name in scored}
+        if "eval/accuracy" in right:
+            around["eval/accuracy"] = [Estimate(share, share - half / 100, share + half / 100)]
+        table = compact_table([row], around, 0)
+        assert max(len(line.rstrip()) for line in printed(table).splitlines()) <= NARROW
+        shown.add(tuple(str(column.header) for column in table.columns))
+    assert len(shown) == 1
+    measured = [metric(name).heading for name in COMPACT if name in row]
+    count = len(table.columns) - 1
+    assert shown.pop()[1:] == tuple(measured[:count]), "the most important ones, in their order"
+    assert count >= min(6, len(measured)), "the room is used"
 
 
 def test_the_wide_table_has_all_that_the_narrow_one_has() -> None:

@@ -395,6 +395,7 @@ def compact_table(
     """Build a run's table, one row per iteration, at most ``NARROW`` characters wide.
 
     Columns are chosen by the room that usual numbers take, not these, so that similar runs have the same columns.
+    Longer numbers only move the columns closer together; if even that is not enough, the last ones are left out.
 
     Args:
         around: by metric, each row's estimate, for its interval; None where there is none.
@@ -403,9 +404,13 @@ def compact_table(
     shown = _measured(rows, COMPACT)
     while len(shown) > 1 and _nominal_width(shown, around) > NARROW:
         shown.pop()
-    while len(shown) > 1 and _measure(_build(rows, shown, around, best)) > NARROW:
-        shown.pop()  # numbers longer than usual
-    return _build(rows, shown, around, best)
+    for count in range(len(shown), 1, -1):
+        table = _build(rows, shown[:count], around, best)
+        if _measure(table) > NARROW:
+            table.padding = (0, 1, 0, 0)
+        if _measure(table) <= NARROW:
+            return table
+    return _build(rows, shown[:1], around, best)
 
 
 def _measured(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> list[Metric]:
