@@ -89,8 +89,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="a folder with more scripts, figNN_name.py or tableNN_name.py; can be repeated",
     )
-    options.add_argument("--uri", default=default_uri())
-    options.add_argument("--experiment", default="dnpo")
+    options.add_argument(
+        "--uri",
+        default=default_uri(),
+        help="where runs were tracked (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)",
+    )
+    options.add_argument("--experiment", default="dnpo", help="MLflow experiment (default: %(default)s)")
     options.add_argument(
         "--sweep",
         action="append",
@@ -106,7 +110,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="only runs with this tag or setting; can be repeated",
     )
-    options.add_argument("--out", type=Path, default=Path("figures"), metavar="FOLDER")
+    options.add_argument(
+        "--out",
+        type=Path,
+        default=Path("figures"),
+        metavar="FOLDER",
+        help="folder of the results (default: %(default)s)",
+    )
     options.add_argument("--no-log", dest="log", action="store_false", help="write files, log nothing to MLflow")
     return options
 

@@ -43,7 +43,10 @@ def _parser() -> argparse.ArgumentParser:
         "run in outputs/)",
     )
     parser.add_argument(
-        "--port", type=int, default=PORT, help="default: %(default)s; 0 takes any free port, so links do not last"
+        "--port",
+        type=int,
+        default=PORT,
+        help="of the page (default: %(default)s); 0 takes any free port, so links do not last",
     )
     parser.add_argument("--no-open", action="store_true", help="do not open the page in a browser")
     parser.add_argument("--store", type=Path, help="where the store is now, if it has moved")
@@ -52,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         default=default_uri(),
         help="where runs were tracked (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)",
     )
-    parser.add_argument("--experiment", default="dnpo", help="default: %(default)s")
+    parser.add_argument("--experiment", default="dnpo", help="MLflow experiment (default: %(default)s)")
     return parser
 
 

@@ -29,8 +29,10 @@ ENTRY = re.compile(r"^ {4}(\w[\w, ]*): (.*(?:\n {8}.*)*)", re.MULTILINE)
 ROLES = re.compile(r":\w+:`~?\.?([^`]+)`")
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 TYPICAL = "typical"
+LIBRARY = {"lr": "peak learning rate."}  # settings of libraries' classes that our files of settings name
 START = "the iteration from which it acts; last is the run's last one."  # of any part that may begin later
 COMMENT = re.compile(r"^( *)([\w]+):.*?\s#\s*(.*)$")
+CHOSEN = re.compile(r"^ *- \w+@([\w.]+):.*?\s#\s*(.*)$")  # an option for another place, in the list of defaults
 
 
 def show(config: str, usage: str, arguments: Sequence[str], idle: Collection[str] = ()) -> None:
@@ -59,7 +61,7 @@ def show(config: str, usage: str, arguments: Sequence[str], idle: Collection[str
     comments = _comments(file)
     say("\ngeneral")
     for name, value in _flat({name: value for name, value in tree.items() if name not in (*parts, TYPICAL)}):
-        _line(name, value, comments.get(name, ""), width)
+        _line(name, value, comments.get(name, "") or comments.get(name.rpartition(".")[0], ""), width)
     for name, value in parts.items():
         group = next((each for each in choices if each.endswith(f"@{name}")), name)  # judge@second_judge
         _head(group, choices.get(group), width)
@@ -156,7 +158,7 @@ def _part(place: str, settings: Mapping[str, Any], width: int, idle: Collection[
     own = {name: value for name, value in settings.items() if not name.startswith("_")}
     if not target.startswith("dnpo."):
         _wrap(f"Settings of {target}.", width)
-        words: dict[str, str] = {}
+        words = {name: LIBRARY.get(name, f"as {target.rpartition('.')[2]} defines it.") for name in own}
     else:
         part = locate(place, target)
         purpose = (inspect.getdoc(part) or "").split("\n\n")[0]
@@ -168,7 +170,7 @@ def _part(place: str, settings: Mapping[str, Any], width: int, idle: Collection[
     for name, value in own.items():
         if name not in inner:
             for dotted, leaf in _flat({name: value}):
-                _line(f"{place}.{dotted}", leaf, words.get(name, "") if dotted == name else "", width)
+                _line(f"{place}.{dotted}", leaf, words.get(name, ""), width)
     for name, value in inner.items():
         _wrap(f"{place}.{name}:" + (f" {words[name]}" if name in words else ""), width)
         _part(f"{place}.{name}", value, width, idle)
@@ -247,6 +249,9 @@ def _comments(file: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     path: list[tuple[int, str]] = []
     for line in file.read_text(encoding="utf-8").splitlines():
+        chosen = CHOSEN.match(line)
+        if chosen is not None:
+            found[chosen[1]] = chosen[2]
         key = re.match(r"^( *)(\w+):", line)
         if key is None:
             continue

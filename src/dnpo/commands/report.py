@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
         default=default_uri(),
         help="where runs were tracked (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)",
     )
-    parser.add_argument("--experiment", default="dnpo", help="default: %(default)s")
+    parser.add_argument("--experiment", default="dnpo", help="MLflow experiment (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="the file to write (default: report-NAME.html)")
     parser.add_argument("--no-log", action="store_true", help=f"do not keep it in MLflow as {ARTIFACT}")
     given = parse(parser, arguments)

@@ -52,9 +52,11 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--store", type=Path, help="where the store is now, if it has moved")
     parser.add_argument("--temperature", type=float, help="0 is greedy; by default the run's")
-    parser.add_argument("--top-k", type=int, help="by default the run's")
-    parser.add_argument("--top-p", type=float, help="by default the run's")
-    parser.add_argument("--max-tokens", type=int, default=0, help="of a response; by default the run's")
+    parser.add_argument("--top-k", type=int, help="only the k likeliest tokens, 0 for all; by default the run's")
+    parser.add_argument(
+        "--top-p", type=float, help="only the likeliest tokens with this probability; by default the run's"
+    )
+    parser.add_argument("--max-tokens", type=int, default=0, help="length of a response; by default the run's")
     parser.add_argument("--seed", type=int, default=0, help="decides the samples (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
 

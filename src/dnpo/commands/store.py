@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     publishing = commands.add_parser("publish", help="publish finished stages that the remote store does not have")
     for command, do in ((listing, show), (verifying, verify), (removing, remove), (publishing, publish)):
         command.set_defaults(do=do)
-        command.add_argument("--store", type=Path, default=Path("store"), help="default: %(default)s")
+        command.add_argument(
+            "--store", type=Path, default=Path("store"), help="folder of the stages (default: %(default)s)"
+        )
         command.add_argument(
             "--remote",
             metavar="ADDRESS",
