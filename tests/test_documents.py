@@ -75,7 +75,7 @@ def until_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
         raise _ParsedError
 
     def check_jobs(
-        config: str, called: Any, body: Any, interrupted: str = "", arguments: Sequence[str] | None = None
+        config: str, called: Any, body: Any, interrupted: str = "", arguments: Any = None, idle: Sequence[str] = ()
     ) -> NoReturn:
         given = sys.argv[1:] if arguments is None else arguments
         if "--help" not in given:
