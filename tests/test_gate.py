@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -570,7 +572,32 @@ def test_a_plan_says_that_labels_have_no_judge(tmp_path: Path, method: str, refu
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "{i}", "response": "a {i}"}}\n' for i in range(40)))
     done = train(tmp_path, "data=jsonl", "data.path=rows.jsonl", f"method={method}", "plan=true", "tracking=off")
     assert "Plan" in done.stdout
-    assert ("This run would be refused. labels: dsl labels by score" in done.stdout) is refused
+    assert ("The run would be refused: labels: dsl labels by score" in done.stdout) is refused
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("data.max_response_tokens=128", "context: the model's context of 128 tokens leaves none for prompts"),
+        ("data.max_response_tokens=100", ""),
+        ("model=local model.path=model data.max_response_tokens=64", "context: the model's context of 64 tokens"),
+        ("model=local model.path=model data.max_response_tokens=63", ""),
+        ("generate=server \"generate.engine.launch='no-such-program {policy} {port}'\"", "engine: .*no-such-program"),
+        ("generate=server generate.engine.base_url=http://localhost:1/v1", "engine: .*has one policy, but 3 respond"),
+        (
+            "generate=server generate.engine.base_url=http://localhost:1/v1 data.max_response_tokens=128",
+            "engine: .*; context: ",
+        ),
+    ],
+)
+def test_a_plan_says_what_the_gate_will_refuse(tmp_path: Path, given: str, said: str) -> None:
+    """In its last line, without reading rows or weights, and without asking a server."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 64}')
+    done = train(tmp_path, "scale=smoke", "iterations=2", "method=spin", *shlex.split(given), "plan=true")
+    assert done.returncode == 0, done.stderr
+    *_, last = done.stdout.splitlines()
+    assert bool(re.match(f"The run would be refused: {said}", last)) is bool(said), last
 
 
 LEDGER = Ledger(Path("there-is-no-such-folder/ledger.sqlite"))

@@ -300,16 +300,16 @@ def _go(
     choice = choose(run, settings)
     store.check(stages, console.say, everything=not settings["plan"])
     if settings["plan"]:
-        from dnpo.running.gate.judge import labels_of_run
+        from dnpo.running.gate import foresee
         from dnpo.running.sweep import find_shared_stages
 
         _print_plan(console, store, iterations, find_shared_stages(sweep, folder, stages))
         if choice.patience:
             console.tell(f"patience={choice.patience} may end the run before all of these stages.")
-        judged = labels_of_run(run, {})
-        if judged.level == "stop":
-            console.tell(f"This run would be refused. {judged.refusal}")
         _print_forecast(console, run, iterations, store)
+        stops = [finding.refusal for finding in foresee(run, iterations, store) if finding.level == "stop"]
+        if stops:
+            console.tell(f"The run would be refused: {'; '.join(stops)}")
         return None
     check_optimizers(run, iterations, store)
     pass_gate(run, iterations, store, console, settings["check"], settings["threads"], tracking)

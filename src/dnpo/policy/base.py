@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from dnpo.errors import ModelError, StoreError
-from dnpo.policy.folder import CONFIG, check_name, explain_missing, find_files
+from dnpo.policy.folder import CONFIG, check_name, explain_missing, find_files, read_context
 from dnpo.policy.lora import Lora
 from dnpo.policy.question import check_template, frame
 from dnpo.records import Prompt
@@ -60,6 +60,11 @@ class Scratch:
             raise ModelError(
                 f"model.width={self.width}: must be a multiple of 2 × model.heads={self.heads} (rotary positions)"
             )
+
+    @property
+    def known_context(self) -> int | None:
+        """The tokens that the model reads at most."""
+        return self.context
 
     def identity(self) -> Mapping[str, Any]:
         """The values that determine the initial weights and the tokenizer."""
@@ -180,6 +185,11 @@ class Pretrained:
     def _location(self) -> str:
         """The absolute path of the folder, or the name on the hub."""
         return str(Path(self.path).absolute()) if self.path is not None else cast(str, self.name)
+
+    @property
+    def known_context(self) -> int | None:
+        """The tokens that the model reads at most, if its configuration is in a local folder and names them."""
+        return read_context(Path(self._location)) if self._local else None
 
     def identity(self) -> Mapping[str, Any]:
         """The values that decide the weights: the contents of the folder, or name and commit on the hub."""

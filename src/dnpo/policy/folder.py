@@ -110,6 +110,15 @@ def read_quantisation(folder: Path) -> str | None:
     return str(found.get("quant_method", "of an unknown kind")) if isinstance(found, dict) else str(found)
 
 
+def read_context(folder: Path) -> int | None:
+    """The tokens that a model reads at most; None if its configuration names none, or cannot be read."""
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["max_position_embeddings"]
+    except (OSError, ValueError, LookupError, TypeError):  # what is wrong is said when the model is loaded
+        return None
+    return found if isinstance(found, int) else None
+
+
 def adapters(folder: Path) -> list[Path]:
     """The folders of a policy's LoRA adapters, in the order in which they were trained."""
     return sorted(folder.glob("adapter-*"))

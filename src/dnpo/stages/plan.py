@@ -56,7 +56,8 @@ class RunSettings:
         verify: how finished stages are checked at their first use: by ``digests`` (every file is read once) or
             ``sizes``.
         ledger: file of judge calls, so that none is paid for twice.
-        plan: only list the stages, whether they are stored and what the judge would cost.
+        plan: only list the stages, whether they are stored, what the judge would cost, and whether the run would be
+            refused.
         check: only run the checks that precede a run.
         wide: show all columns of the results at the end.
         keep: the policy that the run is for, which is exported unless another is named: the ``last``, or the ``best``.

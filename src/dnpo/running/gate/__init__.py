@@ -13,7 +13,7 @@ from dnpo.stages.plan import Iteration, Run
 from dnpo.store import Store
 from dnpo.wording import plural
 
-__all__ = ["Finding", "Level", "gate", "show"]
+__all__ = ["Finding", "Level", "foresee", "gate", "show"]
 
 WORDS: dict[Level, str] = {"warn": "warning", "stop": "problem"}
 
@@ -42,6 +42,18 @@ def gate(
     from dnpo.running.gate.engine import findings
 
     return found + findings(run, iterations, todo) + check(run, iterations, store, todo, data, facts)
+
+
+def foresee(run: Run, iterations: Sequence[Iteration], store: Store) -> list[Finding]:
+    """Run the checks that need only settings, for a plan: no rows or weights are read, and no server is asked."""
+    from dnpo.running.gate import engine, judge, rows
+
+    found = [chain.reference(iterations, run.plans)]
+    todo = [stage for iteration in iterations for stage in iteration.stages if not store.has(stage)]
+    if not todo:
+        return found
+    context = rows.room(run.data.max_prompt_tokens, run.model.known_context, run.limit, hasattr(run.model, "context"))
+    return [*found, judge.labels_of_run(run, {}), *engine.findings(run, iterations, todo, ask=False), context]
 
 
 def show(console: Console, findings: Sequence[Finding], everything: bool) -> None:

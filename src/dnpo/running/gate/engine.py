@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 LAUNCH = f"{PART}.launch='vllm serve {{policy}} --port {{port}}'"
 
 
-def findings(run: "Run", iterations: "Sequence[Iteration]", todo: "Sequence[Stage]") -> list[Finding]:
-    """Check the servers that the stages ``todo`` would ask; no finding without such servers."""
+def findings(run: "Run", iterations: "Sequence[Iteration]", todo: "Sequence[Stage]", ask: bool = True) -> list[Finding]:
+    """Check the servers that the stages ``todo`` would ask; no finding without such servers.
+
+    Args:
+        ask: whether to ask a server for its models; otherwise only settings are checked.
+    """
     found: list[Finding] = []
     asked = _servers(run, iterations, todo)
     for server, policies in asked:
@@ -33,8 +37,10 @@ def findings(run: "Run", iterations: "Sequence[Iteration]", todo: "Sequence[Stag
             found.append(Finding("engine", "stop", problem, f"{PART}.key_from, {PART}.headers"))
         elif server.launch is not None:
             found.append(_can_start(server))
-        else:
-            found.append(_has_the_policy(server, policies))
+        elif len(policies) > 1:
+            found.append(_has_one_policy(server, policies))
+        elif ask:
+            found.append(_answers(server))
     keys = {stage.key for stage in todo}
     here = [
         str(plan.k)
@@ -80,16 +86,18 @@ def _can_start(server: Server) -> Finding:
     return Finding("engine", "pass", f"each stage that samples starts {program} with its policy")
 
 
-def _has_the_policy(server: Server, policies: "dict[str, str]") -> Finding:
+def _has_one_policy(server: Server, policies: "dict[str, str]") -> Finding:
+    text = (
+        f"{PART}.base_url={server.base_url}: that server has one policy, but {len(policies)} respond in the stages "
+        f"to be computed ({', '.join(policies.values())}); a server that the run starts gets each of them"
+    )
+    return Finding("engine", "stop", text, LAUNCH)
+
+
+def _answers(server: Server) -> Finding:
     from dnpo.generate.server.contact import find_model
 
     assert server.base_url is not None, "Server has either"
-    if len(policies) > 1:
-        text = (
-            f"{PART}.base_url={server.base_url}: that server has one policy, but {len(policies)} respond in the stages "
-            f"to be computed ({', '.join(policies.values())}); a server that the run starts gets each of them"
-        )
-        return Finding("engine", "stop", text, LAUNCH)
     connection = Connection(server.base_url, server.key_from, headers=server.headers or {}, timeout=server.timeout)
     try:
         model = find_model(server, connection)
