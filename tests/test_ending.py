@@ -324,6 +324,7 @@ def test_a_job_of_a_sweep_ends_with_a_line_and_its_warnings(choice: dict[str, An
     lines = plain(out)
     assert lines[0].startswith("keep=best" if choice else "warning: ")
     assert "warning: the stages of this run were not all made in the same way" in " ".join(lines)
+    assert "Another store (store=FOLDER)" in " ".join(lines)
     assert " ".join(lines).endswith(f"job 1 of 4: {shown}, in {folder}")
     if not choice:
         assert lines[-1].startswith("job 1"), "it fits a line"

@@ -147,7 +147,7 @@ def test_a_rollout_without_rows_is_skipped_and_no_more_are_made_than_announced()
     assert source.asked == [0, 1, 2, 3, 4]
     assert isinstance(running.report, Report)
     told = "2 of 5 rollouts had nothing to train on, so training ends after 3 of 5 policy steps"
-    assert running.report.notes == [told]
+    assert running.report.notes == [f"{told}; with more samples (rollout.samples) fewer have nothing"]
     keeping = Numbers(source.count)
     seen = [{rollout for rollout, _ in group} for group in groups(live(keeping, Clock(every=1, capacity=8)))]
     assert len(seen) == 5

@@ -338,7 +338,9 @@ def plain(cfg: DictConfig, shorthand: Mapping[str, str] = MappingProxyType({})) 
         raise SettingsError(f"{name}: needs a value; give {name}=…")
     tree, ignored = up_to_date(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
     if ignored:
-        say(f"warning: these settings no longer exist and are ignored: {', '.join(ignored)}", error=True)
+        say(
+            f"warning: these settings no longer exist and are ignored: {', '.join(ignored)}; leave them out", error=True
+        )
     if isinstance(tree.get("store"), dict):  # a file of settings may have a path there
         store = check_values("store", _store, tree["store"])
         tree |= {"store": store["root"], "remote": store.get("remote")}

@@ -152,7 +152,7 @@ class LiveSteps(Steps[Row, Some]):
             empty = sum(first == end for (first, _), end in zip(self.rollouts, ends, strict=True))
             self.report.note(
                 f"{empty:,} of {self.most:,} rollouts had nothing to train on, so training ends after {self.next:,} of "
-                f"{self.total:,} policy steps"
+                f"{self.total:,} policy steps; with more samples (rollout.samples) fewer have nothing"
             )
         unused = self.draws.count(0)
         if unused:

@@ -169,7 +169,8 @@ def describe_mixture(makers: Sequence[Mapping[str, Any]]) -> list[str]:
         for title in maker["stages"]
     }
     lines = provenance.warn(provenance.differences(made))
-    return [f"warning: the stages of this run were not all made in the same way: {line}" for line in lines]
+    advice = "Another store (store=FOLDER) would have all of them made alike"
+    return [f"warning: the stages of this run were not all made in the same way: {line}. {advice}" for line in lines]
 
 
 def choices() -> dict[str, str]:

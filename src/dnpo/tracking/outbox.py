@@ -81,7 +81,8 @@ def send_kept(client: Any, experiment: str, run: str, messages: Iterable[Message
         try:
             send(client, experiment, run, message, models)
         except Refused as refused:
-            warn(f"run {run}: MLflow refuses a kept message of kind {message.kind} ({refused})")
+            what = f"a kept message of kind {message.kind} ({refused})"
+            warn(f"run {run}: MLflow refuses {what}; see the run's folder for it")
 
 
 def warn(text: str) -> None:

@@ -246,7 +246,8 @@ class Session:
         if sampling.temperature > 0 and len(several) > 1 and all(len(by_prompt[id]) == 1 for id in several):
             self.report.note(
                 f"warning: all samples of each of {len(several):,} prompts are equal: {self._name()} may use one seed "
-                "for all completions of a request (n)"
+                f"for all completions of a request (n). Take another version of it and change {PART}.version, so that "
+                f"these samples are not reused, or sample in this process ({PART}=null)"
             )
 
 
