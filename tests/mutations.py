@@ -897,8 +897,8 @@ MUTATIONS = (
     Mutation(
         "several policies respond by a server that has one",
         "running/gate/engine.py",
-        "    if len(policies) > 1:",
-        "    if len(policies) > 99:",
+        "        elif len(policies) > 1:",
+        "        elif len(policies) > 99:",
         "test_engine.py::test_a_run_that_cannot_work_does_not_start",
     ),
 )
